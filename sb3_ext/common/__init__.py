@@ -1,0 +1,1 @@
+"""Losses, storage, buffers and the gradient loop that the algorithms share."""

@@ -1,0 +1,257 @@
+"""Replay buffers: a fixed dataset of transitions with frames stored once, and its mixture with new data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_ext.common.frames import FrameStore, gather_stacks
+
+
+def discounted_returns(rewards: NDArray[np.float32], remaining: NDArray[np.int64], gamma: float) -> NDArray[np.float64]:
+    """
+    Discounted return from every step to the end of its episode.
+
+    Doubles the horizon in each pass: ``G_2m(t) = G_m(t) + gamma^m G_m(t + m)``, so 27,000 steps take 15 passes.
+
+    :param rewards: rewards of all episodes one after the other, ``[N]``
+    :param remaining: steps left in the episode including this one, ``[N]``
+    :param gamma: discount factor
+    :return: returns, ``[N]``, in units of reward
+    """
+    returns = rewards.astype(np.float64)
+    span = 1
+    while span < remaining.max(initial=0):
+        later = np.flatnonzero(remaining > span)
+        returns[later] += gamma**span * returns[later + span]
+        span *= 2
+    return returns
+
+
+class OfflineReplayBuffer(ReplayBuffer):
+    """
+    A fixed set of episodes as an SB3 replay buffer.
+
+    Rows are frames: an episode of T steps takes T + 1 rows, the last one being its final observation. Observation stacks
+    are rebuilt when a batch is drawn. ``dones`` is 1 for terminations only, so truncated episodes bootstrap.
+
+    :param frames: the frames, channel first, ``[N, C, ...]``
+    :param actions: action taken at each row, ``[N]``; ignored at the last row of an episode
+    :param rewards: reward received, ``[N]``; likewise
+    :param terminated: whether that step ended the task, ``[N]``
+    :param lengths: steps of each episode, ``[n_episodes]``; ``sum(lengths + 1) == N``
+    :param observation_space: space of the stacks the agent sees
+    :param action_space: the action space
+    :param frame_stack: frames per observation
+    :param pad_with_zeros: what comes before an episode's first frame: zeros, or that frame again
+    :param n_steps: sum this many rewards before bootstrapping
+    :param gamma: discount factor of that sum
+    :param device: where batches go
+    :param seed: seed of the sampler, which has its own generator so that evaluation does not disturb training
+    :raises ValueError: if the arrays do not fit together or there is no transition
+    """
+
+    def __init__(
+        self,
+        frames: FrameStore,
+        actions: NDArray[Any],
+        rewards: NDArray[np.float32],
+        terminated: NDArray[np.bool_],
+        lengths: NDArray[np.int64],
+        observation_space: spaces.Box,
+        action_space: spaces.Discrete,
+        *,
+        frame_stack: int = 1,
+        pad_with_zeros: bool = True,
+        n_steps: int = 1,
+        gamma: float = 0.99,
+        device: th.device | str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        lengths = np.asarray(lengths, np.int64)
+        n_rows, n_transitions = int((lengths + 1).sum()), int(lengths.sum())
+        if not len(frames) == len(actions) == len(rewards) == len(terminated) == n_rows:
+            raise ValueError(
+                f"{len(frames)} frames, {len(actions)} actions, {len(rewards)} rewards and {len(terminated)} termination flags do "
+                f"not fit episodes of {n_rows} rows in all (steps + 1 each)."
+            )
+        if n_transitions == 0:
+            raise ValueError("The dataset has no transition.")
+        if n_steps < 1:
+            raise ValueError(f"n_steps must be at least 1, got {n_steps}.")
+        # not ReplayBuffer.__init__: it would allocate arrays for stacked observations
+        BaseBuffer.__init__(self, n_transitions, observation_space, action_space, device)
+        self.frames, self.rewards, self.terminated = frames, rewards, terminated
+        self.actions, self.lengths = actions, lengths
+        self.frame_stack, self.pad_with_zeros = frame_stack, pad_with_zeros
+        self.n_steps, self.gamma = n_steps, gamma
+        self.optimize_memory_usage, self.handle_timeout_termination = True, True
+        self.pos, self.full = 0, True
+        starts = np.cumsum(lengths + 1) - (lengths + 1)
+        dtype = np.int32 if n_rows < 2**31 else np.int64
+        self._age = (np.arange(n_rows) - np.repeat(starts, lengths + 1)).astype(np.int32)
+        self._rows = np.flatnonzero(self._age < np.repeat(lengths, lengths + 1)).astype(dtype)
+        self.rng = np.random.default_rng(seed)
+        self.info: dict[str, Any] = {}
+
+    @property
+    def n_episodes(self) -> int:
+        """Number of episodes."""
+        return len(self.lengths)
+
+    def seed(self, seed: int | None) -> None:
+        """
+        Restart the sampler.
+
+        :param seed: its seed; None takes fresh entropy
+        """
+        self.rng = np.random.default_rng(seed)
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Refuse: the dataset is fixed.
+
+        :raises TypeError: always
+        """
+        raise TypeError("An offline dataset is fixed; to add transitions, fine-tune with learn_online().")
+
+    def reset(self) -> None:
+        """
+        Refuse: the dataset is fixed.
+
+        :raises TypeError: always
+        """
+        raise TypeError("An offline dataset is fixed and cannot be reset.")
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        """
+        Draw transitions uniformly with replacement.
+
+        :param batch_size: B
+        :param env: VecNormalize to apply, as in SB3
+        :return: observations and next observations ``[B, *obs_shape]`` in the dtype they are stored in, actions ``[B, 1]``,
+            dones and rewards ``[B, 1]``, discounts ``[B, 1]`` (None if ``n_steps == 1``)
+        """
+        return self._get_samples(self.rng.integers(0, self.buffer_size, size=batch_size), env)
+
+    def _get_samples(self, batch_inds: NDArray[np.int64], env: VecNormalize | None = None) -> ReplayBufferSamples:
+        rows = self._rows[batch_inds].astype(np.int64)
+        age = self._age[rows].astype(np.int64)
+        observations, next_observations = gather_stacks(self.frames, rows, age, self.frame_stack, self.pad_with_zeros)
+        last, rewards, discounts = rows, self.rewards[rows], None
+        if self.n_steps > 1:
+            last, rewards, discounts = self._n_step(rows)
+            next_observations = gather_stacks(
+                self.frames, last, self._age[last].astype(np.int64), self.frame_stack, self.pad_with_zeros
+            )[1]
+        return ReplayBufferSamples(
+            observations=self._to_device(self._normalize_obs(observations, env)),  # type: ignore[arg-type]
+            actions=self._to_device(self.actions[rows].astype(np.int64).reshape(-1, 1)),
+            next_observations=self._to_device(self._normalize_obs(next_observations, env)),  # type: ignore[arg-type]
+            dones=self._to_device(self.terminated[last].astype(np.float32).reshape(-1, 1)),
+            rewards=self._to_device(self._normalize_reward(rewards.astype(np.float32).reshape(-1, 1), env)),
+            discounts=discounts,
+        )
+
+    def _n_step(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], th.Tensor]:
+        """Last row, summed reward and discount of the n-step return; the sum stops with the episode."""
+        steps = np.arange(self.n_steps)
+        window = np.minimum(rows[:, None] + steps, len(self._age) - 1)
+        inside = self._age[window] - self._age[rows][:, None] == steps  # a smaller age: the next episode began
+        inside &= np.append(self._age, 0)[window + 1] > self._age[window]  # the final observation is no step
+        count = inside.sum(axis=1)
+        rewards = (self.rewards[window] * inside * self.gamma**steps).sum(axis=1)
+        discounts = self._to_device((self.gamma**count).astype(np.float32).reshape(-1, 1))
+        return rows + count - 1, rewards.astype(np.float32), discounts
+
+    def _to_device(self, array: NDArray[Any]) -> th.Tensor:
+        tensor = th.from_numpy(np.ascontiguousarray(array)) if self.device.type != "cpu" else th.from_numpy(array)
+        return tensor.to(self.device, non_blocking=True)
+
+    def discounted_returns(self, gamma: float, rewards: NDArray[np.float32] | None = None) -> NDArray[np.float64]:
+        """
+        Discounted return from each transition to the end of its episode.
+
+        :param gamma: discount factor
+        :param rewards: rewards per row to use instead of the stored ones, for instance clipped
+        :return: returns, ``[n_transitions]``
+        """
+        remaining = np.repeat(self.lengths, self.lengths + 1) - self._age
+        rewards = np.where(remaining > 0, self.rewards if rewards is None else rewards, 0).astype(np.float32)
+        return discounted_returns(rewards, remaining, gamma)[self._rows]
+
+    def episode_returns(self) -> NDArray[np.float64]:
+        """
+        Undiscounted return of each episode.
+
+        :return: ``[n_episodes]``
+        """
+        ends = np.cumsum(self.lengths)
+        return np.add.reduceat(self.rewards[self._rows].astype(np.float64), ends - self.lengths)
+
+    def action_counts(self) -> NDArray[np.int64]:
+        """
+        How often each action was taken.
+
+        :return: ``[A]``
+        """
+        assert isinstance(self.action_space, spaces.Discrete)
+        return np.bincount(self.actions[self._rows], minlength=int(self.action_space.n))
+
+
+class MixedReplayBuffer(ReplayBuffer):
+    """
+    Every batch holds a share of offline transitions; new transitions go to an online buffer.
+
+    :param offline: the dataset
+    :param online: where new transitions go
+    :param offline_fraction: share of offline transitions per batch, from 0 to 1; everything is offline until ``online`` has
+        a transition
+    :raises ValueError: if the share is not in [0, 1]
+    """
+
+    def __init__(self, offline: ReplayBuffer, online: ReplayBuffer, offline_fraction: float = 0.5) -> None:
+        if not 0 <= offline_fraction <= 1:
+            raise ValueError(f"offline_fraction must be between 0 and 1, got {offline_fraction}.")
+        BaseBuffer.__init__(
+            self, online.buffer_size, online.observation_space, online.action_space, online.device, online.n_envs
+        )
+        self.offline, self.online, self.offline_fraction = offline, online, offline_fraction
+        self.optimize_memory_usage, self.handle_timeout_termination = False, True
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        """Add to the online buffer; see SB3's ``ReplayBuffer.add``."""
+        self.online.add(*args, **kwargs)
+        self.pos, self.full = self.online.pos, self.online.full
+
+    def reset(self) -> None:
+        """Forget the online transitions."""
+        self.online.reset()
+        self.pos, self.full = 0, False
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        """
+        Draw ``round(offline_fraction * batch_size)`` offline transitions, the rest online.
+
+        :param batch_size: B
+        :param env: VecNormalize to apply
+        :return: as :meth:`OfflineReplayBuffer.sample`, offline transitions first
+        """
+        n_offline = round(self.offline_fraction * batch_size) if self.online.size() else batch_size
+        if n_offline == batch_size:
+            return self.offline.sample(batch_size, env)
+        online = self.online.sample(batch_size - n_offline, env)
+        if n_offline == 0:
+            return online
+        offline = self.offline.sample(n_offline, env)
+        joined = []
+        for old, new in zip(offline, online, strict=True):
+            joined.append(None if old is None or new is None else th.cat([old, new.to(old.dtype)]))
+        return ReplayBufferSamples(*joined)  # type: ignore[arg-type]

@@ -1,0 +1,245 @@
+"""Frame storage: every frame is stored once, stacks are rebuilt by index when a batch is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+BLOCK = 16
+"""Frames per compressed block: neighbours share most pixels, and a stack of four touches at most two blocks."""
+
+
+class FrameStore(Protocol):
+    """Read-only sequence of equally shaped frames."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def __len__(self) -> int:
+        """Return the number of frames."""
+        ...
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """
+        Copy frames out of the store.
+
+        :param rows: row numbers, any shape ``[...]``
+        :return: frames, ``[..., *shape]``
+        """
+        ...
+
+
+class ArrayFrames:
+    """
+    Frames in one array, in RAM or memory-mapped.
+
+    :param array: frames, ``[N, *shape]``; a ``numpy.memmap`` stays on disk and is paged in by the system
+    """
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.array = array
+        self.shape: tuple[int, ...] = array.shape[1:]
+        self.dtype = array.dtype
+        # one opaque item per frame: numpy then copies whole frames instead of walking their pixels
+        item = np.dtype((np.void, max(1, self.dtype.itemsize * int(np.prod(self.shape)))))
+        self._flat = np.ascontiguousarray(array).reshape(len(array), -1).view(item).reshape(-1) if len(array) else None
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """See :meth:`FrameStore.take`."""
+        if self._flat is None:
+            raise IndexError("The frame store is empty.")
+        return self._flat[rows].view(self.dtype).reshape(*rows.shape, *self.shape)
+
+
+class BlockFrames:
+    """
+    Frames in zstd blocks of :data:`BLOCK` frames: 20 to 150 times smaller than raw, lossless, decoded as they are drawn.
+
+    :param data: the concatenated compressed blocks, ``[n_bytes]`` uint8 (RAM or memory-mapped)
+    :param offsets: where each block starts, and the end of the last one, ``[n_blocks + 1]``
+    :param length: number of frames
+    :param shape: shape of one frame
+    :param dtype: dtype of one frame
+    """
+
+    def __init__(
+        self,
+        data: NDArray[np.uint8],
+        offsets: NDArray[np.int64],
+        length: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+    ) -> None:
+        self.data, self.offsets, self.length, self.shape, self.dtype = data, offsets, length, shape, dtype
+        self._decoder = zstandard.ZstdDecompressor()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_decoder"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._decoder = zstandard.ZstdDecompressor()
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """See :meth:`FrameStore.take`."""
+        flat = rows.reshape(-1)
+        out = np.empty((len(flat), *self.shape), self.dtype)
+        blocks, inverse = np.unique(flat // BLOCK, return_inverse=True)
+        order = np.argsort(inverse, kind="stable")
+        bounds = np.searchsorted(inverse[order], np.arange(len(blocks) + 1))
+        for k, block in enumerate(blocks):
+            raw = self._decoder.decompress(self.data[self.offsets[block] : self.offsets[block + 1]])
+            frames = np.frombuffer(raw, self.dtype).reshape(-1, *self.shape)
+            where = order[bounds[k] : bounds[k + 1]]
+            out[where] = frames[flat[where] % BLOCK]
+        return out.reshape(*rows.shape, *self.shape)
+
+
+class BlockWriter:
+    """
+    Append frames to a compressed file.
+
+    :param file: binary file open for writing
+    :param level: zstd level; higher is smaller and slower to write, reading speed stays the same
+    """
+
+    def __init__(self, file: BinaryIO, level: int = 3) -> None:
+        self._file, self._encoder = file, zstandard.ZstdCompressor(level=level)
+        self._pending: list[NDArray[Any]] = []
+        self._n_pending = 0
+        self._ends = [0]
+
+    def append(self, frames: NDArray[Any]) -> None:
+        """
+        Add frames at the end.
+
+        :param frames: ``[n, *shape]``
+        """
+        self._pending.append(frames)
+        self._n_pending += len(frames)
+        if self._n_pending >= BLOCK:
+            self._flush(final=False)
+
+    def _flush(self, final: bool) -> None:
+        frames = np.concatenate(self._pending) if self._pending else np.empty(0, np.uint8)
+        stop = len(frames) if final else len(frames) - len(frames) % BLOCK
+        for start in range(0, stop, BLOCK):
+            block = self._encoder.compress(np.ascontiguousarray(frames[start : min(start + BLOCK, stop)]))
+            self._file.write(block)
+            self._ends.append(self._ends[-1] + len(block))
+        self._pending, self._n_pending = [frames[stop:]], len(frames) - stop
+
+    def finish(self) -> NDArray[np.int64]:
+        """
+        Write the last, shorter block.
+
+        :return: the offsets for :class:`BlockFrames`
+        """
+        self._flush(final=True)
+        return np.array(self._ends, np.int64)
+
+
+def pack_frames(frames: NDArray[Any]) -> tuple[bytes, tuple[int, ...], str]:
+    """
+    Compress one episode's frames, losslessly.
+
+    :param frames: ``[n, *shape]``
+    :return: bytes, shape and dtype, for :func:`unpack_frames`
+    """
+    return zstandard.ZstdCompressor(level=3).compress(np.ascontiguousarray(frames)), frames.shape, frames.dtype.str
+
+
+def unpack_frames(data: bytes, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """
+    Undo :func:`pack_frames`.
+
+    :param data: the compressed bytes
+    :param shape: shape of all frames, ``[n, *shape]``
+    :param dtype: dtype string
+    :return: the frames, read-only
+    """
+    return np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.dtype(dtype)).reshape(shape)
+
+
+def stack_rows(
+    rows: NDArray[np.int64], age: NDArray[np.int64], frame_stack: int, length: int = 1
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """
+    Rows that make up the stacks of ``rows`` and of the ``length`` rows after them.
+
+    Frames from before the episode start do not exist: their place gets the episode's first row and a mark.
+
+    :param rows: newest frame of each first stack, ``[B]``
+    :param age: steps since the episode began at each of these rows, ``[B]``
+    :param frame_stack: frames per stack, k
+    :param length: how many following rows to append; 1 gives ``s`` and ``s'``
+    :return: rows ``[B, k + length]`` oldest first, and a mask of the same shape that is True where no frame exists
+    """
+    offsets = np.arange(1 - frame_stack, length + 1)
+    missing = offsets[None, :] < -age[:, None]
+    return rows[:, None] + np.maximum(offsets[None, :], -age[:, None]), missing
+
+
+def gather_stacks(
+    store: FrameStore, rows: NDArray[np.int64], age: NDArray[np.int64], frame_stack: int, pad_with_zeros: bool
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """
+    Observation and next observation of transitions stored as single frames.
+
+    :param store: the frames; row ``i + 1`` follows row ``i`` within an episode
+    :param rows: row of each transition, ``[B]``
+    :param age: steps since the episode began at these rows, ``[B]``
+    :param frame_stack: frames per stack, k
+    :param pad_with_zeros: before the episode start: zeros (True) or the first frame again (False)
+    :return: ``observations, next_observations``, each ``[B, k * C, ...]`` for frames of shape ``[C, ...]``
+    """
+    index, missing = stack_rows(rows, age, frame_stack)
+    frames = store.take(index)
+    if pad_with_zeros and missing.any():
+        frames[missing] = 0
+    channels = store.shape[0]
+    merged = frames.reshape(len(rows), (frame_stack + 1) * channels, *store.shape[1:])
+    return merged[:, :-channels], merged[:, channels:]
+
+
+def split_stacks(observations: NDArray[Any], n_frames: int) -> tuple[NDArray[Any], bool] | None:
+    """
+    Take ready-made stacks of one episode apart, if that loses nothing.
+
+    :param observations: stacks of one episode in time order, ``[T + 1, k * C, ...]``, oldest frame first
+    :param n_frames: frames per stack, k
+    :return: the newest frames ``[T + 1, C, ...]`` and whether the first stack was padded with zeros (else with copies
+        of the first frame); None if the observations are not such stacks
+    """
+    channels = observations.shape[1] // n_frames
+    older, newest = observations[:, :-channels], observations[:, -channels:]
+    if not np.array_equal(older[1:], observations[:-1, channels:]):
+        return None
+    first = older[0].reshape(n_frames - 1, channels, *observations.shape[2:])
+    if not first.any():
+        return newest, True
+    return (newest, False) if (first == newest[0]).all() else None
+
+
+def iter_blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
+    """
+    Read a file piece by piece.
+
+    :param path: the file
+    :param size: bytes per piece
+    :return: the pieces in order
+    """
+    with path.open("rb") as file:
+        while piece := file.read(size):
+            yield piece

@@ -1,0 +1,101 @@
+"""Per-sample losses. Nothing here is reduced over the batch: see ``training.train_weighted``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+from torch.nn import functional as F
+
+
+class _SortedQuantileHuber(th.autograd.Function):
+    """
+    Exact quantile Huber loss and gradient in O(N log M).
+
+    For one predicted quantile the sum over targets splits at three places of the sorted targets (theta - 1, theta,
+    theta + 1); each part is a polynomial in theta whose coefficients are prefix sums over the targets and their squares.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, current: th.Tensor, target: th.Tensor) -> th.Tensor:
+        n, m = current.shape[1], target.shape[1]
+        theta = current.detach().double()
+        y = target.detach().double().sort(dim=1).values
+        sums = F.pad(y.cumsum(1), (1, 0))
+        squares = F.pad((y * y).cumsum(1), (1, 0))
+        # targets below theta - 1, in [theta - 1, theta), in [theta, theta + 1], above
+        cuts = th.searchsorted(y, th.cat([theta - 1, theta], dim=1))
+        low, mid = cuts[:, :n], cuts[:, n:]
+        high = th.searchsorted(y, theta + 1, right=True)
+        at = sums.gather(1, th.cat([low, mid, high], dim=1))
+        sum_low, sum_mid, sum_high = at[:, :n], at[:, n : 2 * n], at[:, 2 * n :]
+        at = squares.gather(1, th.cat([low, mid, high], dim=1))
+        sq_low, sq_mid, sq_high = at[:, :n], at[:, n : 2 * n], at[:, 2 * n :]
+
+        n_low, n_mid, n_high = low.double(), (mid - low).double(), (high - mid).double()
+        n_top = m - high.double()
+        below = (theta - 0.5) * n_low - sum_low
+        below += 0.5 * (sq_mid - sq_low) - theta * (sum_mid - sum_low) + 0.5 * theta * theta * n_mid
+        above = sums[:, -1:] - sum_high - (theta + 0.5) * n_top
+        above += 0.5 * (sq_high - sq_mid) - theta * (sum_high - sum_mid) + 0.5 * theta * theta * n_high
+        slope_below = n_low + theta * n_mid - (sum_mid - sum_low)
+        slope_above = theta * n_high - (sum_high - sum_mid) - n_top
+
+        tau = _midpoints(n, theta)
+        ctx.save_for_backward((((1 - tau) * slope_below + tau * slope_above) / m).to(current.dtype))
+        return (((1 - tau) * below + tau * above) / m).sum(1).to(current.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: th.Tensor) -> tuple[th.Tensor, None]:  # type: ignore[override]
+        (slope,) = ctx.saved_tensors
+        return slope * grad_output[:, None], None
+
+
+def _midpoints(n: int, like: th.Tensor) -> th.Tensor:
+    return (th.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n
+
+
+def _pairwise_quantile_huber(current: th.Tensor, target: th.Tensor) -> th.Tensor:
+    delta = target[:, None, :] - current[:, :, None]
+    huber = th.where(delta.abs() > 1, delta.abs() - 0.5, 0.5 * delta * delta)
+    weight = (_midpoints(current.shape[1], current)[None, :, None] - (delta.detach() < 0).to(current.dtype)).abs()
+    return (weight * huber).mean(2).sum(1)
+
+
+def quantile_huber_loss(current: th.Tensor, target: th.Tensor, method: str = "auto") -> th.Tensor:
+    """
+    Per-sample quantile Huber loss of QR-DQN (Dabney et al., 2018, https://arxiv.org/abs/1710.10044, eq. 10), kappa = 1.
+
+    Summed over predicted and averaged over target quantiles; not reduced over the batch, so that callers can weight samples.
+
+    :param current: predicted quantiles of the taken action, ``[B, N]``, in units of (scaled) return
+    :param target: target quantiles, ``[B, M]``; no gradient flows into it
+    :param method: ``"sorted"`` (O(N log M), float64 inside, fast on a CPU), ``"pairwise"`` (the N x M matrix), or
+        ``"auto"``: sorted on a CPU, pairwise elsewhere
+    :return: loss, ``[B]``
+    :raises ValueError: if the batch sizes differ or the method is unknown
+    """
+    if current.ndim != 2 or target.ndim != 2 or current.shape[0] != target.shape[0]:
+        raise ValueError(f"Expected [B, N] and [B, M], got {tuple(current.shape)} and {tuple(target.shape)}.")
+    if method not in ("auto", "sorted", "pairwise"):
+        raise ValueError(f"method must be 'auto', 'sorted' or 'pairwise', not {method!r}.")
+    if method == "auto":
+        method = "sorted" if current.device.type == "cpu" else "pairwise"
+    if method == "sorted":
+        loss: th.Tensor = _SortedQuantileHuber.apply(current, target)  # type: ignore[no-untyped-call]
+        return loss
+    return _pairwise_quantile_huber(current, target.detach())
+
+
+def conservative_gap(q_values: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    """
+    Per-sample CQL(H) term (Kumar et al., 2020, https://arxiv.org/abs/2006.04779, eq. 4).
+
+    ``logsumexp_a Q(s, a) - Q(s, a_data)``: pushes all values down, weighted by their softmax, and the data's action up. The
+    negative log-likelihood of the data's action under a softmax policy over Q; hence also behaviour cloning's loss.
+
+    :param q_values: ``[B, A]``; for QR-DQN the mean over quantiles
+    :param actions: actions of the dataset, ``[B]`` or ``[B, 1]``
+    :return: gap, ``[B]``, not negative
+    """
+    return th.logsumexp(q_values, dim=1) - q_values.gather(1, actions.long().reshape(-1, 1)).squeeze(1)

@@ -1,0 +1,163 @@
+"""What a dataset must fulfil before any training starts; every message names the place and the remedy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+
+class DatasetError(ValueError):
+    """The dataset is missing, damaged, or not of the kind that is needed."""
+
+
+@dataclass(frozen=True)
+class CheckedEpisode:
+    """
+    An episode of T steps that passed all checks.
+
+    :param observations: ``[T + 1, *observation_shape]``
+    :param actions: ``[T]``
+    :param rewards: ``[T]``
+    :param terminated: whether the last step ended the task; otherwise the episode was cut
+    """
+
+    observations: NDArray[Any]
+    actions: NDArray[np.int64]
+    rewards: NDArray[Any]
+    terminated: bool
+
+
+def check_spaces(
+    observation_space: spaces.Space[Any], action_space: spaces.Space[Any], name: str
+) -> tuple[spaces.Box, spaces.Discrete]:
+    """
+    Accept ``Box`` observations and ``Discrete`` actions that start at 0.
+
+    :param observation_space: of the dataset
+    :param action_space: of the dataset
+    :param name: of the dataset, for the message
+    :return: the spaces
+    :raises DatasetError: otherwise
+    """
+    if not isinstance(observation_space, spaces.Box):
+        raise DatasetError(
+            f"{name}: observation_space is {observation_space}; vectors and images (Box) are supported. Record the dataset through a "
+            "wrapper that gives a Box (gymnasium.wrappers.FlattenObservation for instance)."
+        )
+    if not isinstance(action_space, spaces.Discrete):
+        raise DatasetError(
+            f"{name}: action_space is {action_space}; Q-learning over quantiles needs Discrete actions. For continuous actions "
+            "discretise them in a wrapper before recording."
+        )
+    if action_space.start != 0:
+        raise DatasetError(
+            f"{name}: action_space is {action_space}; SB3 counts actions from 0. Record again through a wrapper that shifts them "
+            f"by {-int(action_space.start)} to Discrete({action_space.n})."
+        )
+    return observation_space, action_space
+
+
+def _first(mask: NDArray[np.bool_]) -> int:
+    """Step of the first True."""
+    return int(np.flatnonzero(mask.reshape(len(mask), -1).any(axis=1))[0])
+
+
+def _check_values(observations: NDArray[Any], rewards: NDArray[Any], where: str) -> None:
+    if observations.dtype.kind == "f" and not np.isfinite(observations).all():
+        step = _first(~np.isfinite(observations))
+        raise DatasetError(
+            f"{where}, step {step}: the observation has NaN or infinite values. Drop the episode with dataset.filter_episodes(...)."
+        )
+    if not np.isfinite(rewards).all():
+        step = _first(~np.isfinite(rewards))
+        raise DatasetError(
+            f"{where}, step {step}: the reward is {rewards[step]}. Drop the episode with dataset.filter_episodes(...)."
+        )
+
+
+def _check_actions(actions: NDArray[Any], action_space: spaces.Discrete, where: str) -> NDArray[np.int64]:
+    if actions.dtype.kind not in "iub" and not (actions == np.round(actions)).all():
+        raise DatasetError(f"{where}: the actions are of dtype {actions.dtype}; Discrete actions are whole numbers.")
+    whole = actions.astype(np.int64)
+    outside = (whole < 0) | (whole >= action_space.n)
+    if outside.any():
+        step = _first(outside)
+        raise DatasetError(
+            f"{where}, step {step}: action {whole[step]} is outside Discrete({action_space.n}). Drop the episode with "
+            "dataset.filter_episodes(...) or correct the dataset's action_space."
+        )
+    return whole
+
+
+def _check_flags(terminations: NDArray[np.bool_], truncations: NDArray[np.bool_], where: str, strict: bool) -> bool:
+    both = terminations & truncations
+    if strict and both.any():
+        raise DatasetError(
+            f"{where}, step {_first(both)}: marked both terminated and truncated, so it is unclear whether to bootstrap. Pass "
+            "strict=False to let termination win."
+        )
+    early = (terminations | truncations)[:-1]
+    if early.any():
+        raise DatasetError(
+            f"{where}, step {_first(early)}: the episode ends here, but {len(terminations)} steps are stored. Store what follows as "
+            "an episode of its own."
+        )
+    return bool(terminations[-1])
+
+
+def check_episode(
+    episode: dict[str, Any],
+    index: int,
+    name: str,
+    observation_space: spaces.Box,
+    action_space: spaces.Discrete,
+    strict: bool = True,
+) -> CheckedEpisode:
+    """
+    Check one episode as Minari's storages give it.
+
+    :param episode: observations, actions, rewards, terminations, truncations
+    :param index: its number, for the message
+    :param name: of the dataset, for the message
+    :param observation_space: of the dataset
+    :param action_space: of the dataset
+    :param strict: False accepts one-step episodes, and termination wins over truncation
+    :return: the episode
+    :raises DatasetError: naming episode and step
+    """
+    where = f"{name}, episode {index}"
+    observations, rewards = np.asarray(episode["observations"]), np.asarray(episode["rewards"])
+    actions = np.asarray(episode["actions"])
+    steps = len(rewards)
+    if steps == 0:
+        raise DatasetError(f"{where} has no step. Drop it with dataset.filter_episodes(lambda e: len(e) > 0).")
+    if steps == 1 and strict:
+        raise DatasetError(
+            f"{where} has one step only, which is often an artefact of recording. Pass strict=False if it is meant, or drop it with "
+            "dataset.filter_episodes(lambda e: len(e) > 1)."
+        )
+    sizes = {
+        "observations": (len(observations), steps + 1),
+        "actions": (len(actions), steps),
+        "terminations": (len(episode["terminations"]), steps),
+        "truncations": (len(episode["truncations"]), steps),
+    }
+    for field, (found, wanted) in sizes.items():
+        if found != wanted:
+            raise DatasetError(
+                f"{where}: {found} {field} for {steps} rewards, expected {wanted}. The episode was not stored whole."
+            )
+    if observations.shape[1:] != observation_space.shape:
+        raise DatasetError(
+            f"{where}: observations have shape {observations.shape[1:]}, the dataset's observation_space says {observation_space.shape}."
+        )
+    _check_values(observations, rewards, where)
+    whole = _check_actions(actions.reshape(steps, -1)[:, 0], action_space, where)
+    terminations = np.asarray(episode["terminations"], bool).reshape(-1)
+    truncations = np.asarray(episode["truncations"], bool).reshape(-1)
+    terminated = _check_flags(terminations, truncations, where, strict)
+    return CheckedEpisode(observations, whole, rewards.reshape(-1), terminated)

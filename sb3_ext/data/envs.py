@@ -1,0 +1,132 @@
+"""Environments as the data layer sees them: single frames below, stacks for the agent above."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+
+ATARI_MAX_STEPS = 27_000
+"""Agent steps after which Dopamine ends an episode (30 minutes of play at 60 Hz and frame skip 4)."""
+
+
+def is_frame_space(space: spaces.Space[Any]) -> bool:
+    """
+    Tell whether observations of this space are pictures.
+
+    :param space: any space
+    :return: True for uint8 boxes from 0 to 255 of two (height, width) or three dimensions
+    """
+    if not isinstance(space, spaces.Box):
+        return False
+    if len(space.shape) == 2:
+        return space.dtype == np.uint8 and bool((space.low == 0).all()) and bool((space.high == 255).all())
+    return is_image_space(space)
+
+
+def to_channel_first(observations: NDArray[Any], space: spaces.Space[Any]) -> NDArray[Any]:
+    """
+    Bring frames to the layout the agent uses.
+
+    :param observations: ``[..., *space.shape]``
+    :param space: the space they come from
+    :return: ``[..., C, H, W]`` for pictures (C = 1 for ``[H, W]``), else unchanged
+    """
+    if not is_frame_space(space):
+        return observations
+    assert space.shape is not None
+    if len(space.shape) == 2:
+        return observations[..., None, :, :]
+    return observations if is_image_space_channels_first(space) else np.moveaxis(observations, -1, -3)  # type: ignore[arg-type]
+
+
+def stacked_space(space: spaces.Box, frame_stack: int) -> spaces.Box:
+    """
+    Space of ``frame_stack`` observations, concatenated along the first (channel) axis after :func:`to_channel_first`.
+
+    :param space: space of a single frame
+    :param frame_stack: frames per stack
+    :return: the agent's observation space
+    """
+    low, high = to_channel_first(space.low, space), to_channel_first(space.high, space)
+    return spaces.Box(
+        np.concatenate([low] * frame_stack),
+        np.concatenate([high] * frame_stack),
+        dtype=space.dtype.type,  # type: ignore[arg-type]
+    )
+
+
+class StackFrames(gym.Wrapper[Any, Any, Any, Any]):
+    """
+    Show the agent the stack that the replay buffer will rebuild from single frames.
+
+    Channel first, oldest frame first, zeros before the episode start.
+
+    :param env: environment with ``Box`` observations
+    :param frame_stack: frames per stack; 1 only brings the channels to the front
+    :param pad_with_zeros: False repeats the first frame instead
+    :raises TypeError: if the observations are not a ``Box``
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], frame_stack: int = 4, pad_with_zeros: bool = True) -> None:
+        super().__init__(env)
+        if not isinstance(env.observation_space, spaces.Box):
+            raise TypeError(f"StackFrames needs Box observations, got {env.observation_space}.")
+        self.frame_stack, self.pad_with_zeros = frame_stack, pad_with_zeros
+        self._frame_space = env.observation_space
+        self.observation_space = stacked_space(env.observation_space, frame_stack)
+        self._stack = np.zeros(self.observation_space.shape, self.observation_space.dtype)
+
+    def _push(self, frame: NDArray[Any]) -> NDArray[Any]:
+        frame = to_channel_first(np.asarray(frame), self._frame_space)
+        self._stack = np.concatenate([self._stack[len(frame) :], frame])
+        return self._stack
+
+    def reset(self, **kwargs: Any) -> tuple[NDArray[Any], dict[str, Any]]:
+        """Start an episode with a fresh stack."""
+        observation, info = self.env.reset(**kwargs)
+        self._stack = np.zeros_like(self._stack)
+        for _ in range(1 if self.pad_with_zeros else self.frame_stack):
+            self._push(observation)
+        return self._stack, info
+
+    def step(self, action: Any) -> tuple[NDArray[Any], float, bool, bool, dict[str, Any]]:
+        """Step and stack."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return self._push(observation), float(reward), terminated, truncated, info
+
+
+def make_atari_env(game: str = "Breakout", *, sticky: float = 0.25, **kwargs: Any) -> gym.Env[Any, Any]:
+    """
+    Build an Atari game under the protocol of the DQN Replay Dataset (Dopamine; Machado et al., 2018).
+
+    Sticky actions, 4 frames per step with the maximum of the last two, grey 84x84 frames, minimal action set, no no-op
+    start, no fire on reset, a lost life does not end the episode, 27,000 steps at most, unclipped rewards.
+    Unlike Dopamine, which marks it as terminal, the step limit is a truncation.
+
+    :param game: name in CamelCase, as in ``ALE/<game>-v5``
+    :param sticky: probability that the last action is repeated
+    :param kwargs: passed to ``gymnasium.make``, for instance ``render_mode="rgb_array"``
+    :return: environment with single ``[84, 84]`` uint8 frames; wrap it in :class:`StackFrames` for an agent
+    :raises ImportError: if ale-py or OpenCV is missing
+    """
+    try:
+        import ale_py
+        import cv2  # noqa: F401
+    except ImportError as error:
+        raise ImportError('Atari games need: pip install "sb3-ext[atari]"') from error
+    gym.register_envs(ale_py)
+    env = gym.make(
+        f"ALE/{game}-v5",
+        frameskip=1,
+        repeat_action_probability=sticky,
+        full_action_space=False,
+        disable_env_checker=True,
+        max_episode_steps=4 * ATARI_MAX_STEPS,
+        **kwargs,
+    )
+    return gym.wrappers.AtariPreprocessing(env, noop_max=0, frame_skip=4, screen_size=84, terminal_on_life_loss=False)

@@ -1,0 +1,124 @@
+"""SB3's DQN and sb3-contrib's QR-DQN with the loss kept per sample, so that importance weights reach the gradient."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+from collections.abc import Iterable
+
+import sb3_contrib
+import stable_baselines3 as sb3
+import torch as th
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch.nn import functional as F
+
+from sb3_ext.common.checkpoint import atomic_path
+from sb3_ext.common.losses import quantile_huber_loss
+from sb3_ext.common.training import LossOutput, MetricMeans, train_weighted
+
+
+class WeightedMixin(OffPolicyAlgorithm):
+    """Replace ``train`` by the shared weighted loop and make ``save`` atomic; the class says what its loss is."""
+
+    def compute_loss(self, batch: ReplayBufferSamples) -> LossOutput:
+        """
+        Compute the loss of each sample.
+
+        :param batch: samples of the replay buffer
+        :return: per-sample loss and TD error, ``[B]``, and metrics
+        """
+        raise NotImplementedError
+
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        """
+        Run gradient steps; see :func:`~sb3_ext.common.training.train_weighted`.
+
+        :param gradient_steps: number of steps
+        :param batch_size: samples per step
+        """
+        metrics = MetricMeans()
+        train_weighted(self, self.compute_loss, gradient_steps, batch_size, metrics)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for key, value in metrics.flush().items():
+            self.logger.record(f"train/{key}", value)
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save as SB3 does, but never leave a half-written file under ``path``: an older good one stays until the new is complete.
+
+        :param path: file name (``.zip`` is added) or open file
+        :param exclude: see SB3
+        :param include: see SB3
+        """
+        if isinstance(path, (str, pathlib.Path)):
+            final = pathlib.Path(path)
+            with atomic_path(final if final.suffix else final.with_suffix(".zip")) as partial:
+                super().save(partial, exclude, include)
+        else:
+            super().save(path, exclude, include)
+
+
+class DQN(WeightedMixin, sb3.DQN):
+    """
+    Deep Q-Network (Mnih et al., 2015): SB3's ``DQN``, same constructor, bit-identical results under a uniform buffer.
+
+    Unlike SB3's, its loss stays per sample until importance weights are applied, and TD errors go back to a prioritized buffer.
+    """
+
+    def compute_loss(self, batch: ReplayBufferSamples) -> LossOutput:
+        """
+        Huber loss on the one-step (or n-step) TD error, kappa = 1.
+
+        :param batch: samples of the replay buffer
+        :return: loss and TD error, ``[B]``
+        """
+        discounts = batch.discounts if batch.discounts is not None else self.gamma
+        with th.no_grad():
+            next_q = self.q_net_target(batch.next_observations).max(dim=1).values.reshape(-1, 1)
+            target = batch.rewards + (1 - batch.dones) * discounts * next_q
+        q = self.q_net(batch.observations).gather(1, batch.actions.long())
+        loss = F.smooth_l1_loss(q, target, reduction="none")
+        return LossOutput(loss.squeeze(1), (target - q.detach()).squeeze(1), {})
+
+
+class QRDQN(WeightedMixin, sb3_contrib.QRDQN):
+    """
+    Quantile-regression DQN (Dabney et al., 2018): sb3-contrib's ``QRDQN``, same constructor.
+
+    Equal to it under a uniform buffer up to float rounding, because the quantile Huber loss is summed in sorted order on a CPU.
+    Importance weights and priorities work as in :class:`DQN`; the TD error is that of the mean over quantiles.
+    """
+
+    def compute_loss(self, batch: ReplayBufferSamples) -> LossOutput:
+        """
+        Quantile Huber loss, see :func:`~sb3_ext.common.losses.quantile_huber_loss`.
+
+        :param batch: samples of the replay buffer
+        :return: loss and TD error, ``[B]``
+        """
+        return self._quantile_loss(batch, self.quantile_net(batch.observations))
+
+    def _next_quantiles(self, batch: ReplayBufferSamples) -> th.Tensor:
+        """Quantiles of the target net at the next observation, of its own greedy action, ``[B, N]``."""
+        quantiles = self.quantile_net_target(batch.next_observations)
+        return _of_action(quantiles, quantiles.mean(dim=1).argmax(dim=1, keepdim=True))
+
+    def _quantile_loss(self, batch: ReplayBufferSamples, quantiles: th.Tensor) -> LossOutput:
+        """Loss given the online net's quantiles at the observations, ``[B, N, A]``."""
+        discounts = batch.discounts if batch.discounts is not None else self.gamma
+        with th.no_grad():
+            target = batch.rewards + (1 - batch.dones) * discounts * self._next_quantiles(batch)
+        current = _of_action(quantiles, batch.actions)
+        return LossOutput(quantile_huber_loss(current, target), target.mean(1) - current.detach().mean(1), {})
+
+
+def _of_action(quantiles: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    """Pick each sample's action: ``[B, N, A]``, ``[B, 1]`` -> ``[B, N]``."""
+    index = actions.long().reshape(-1, 1, 1).expand(-1, quantiles.shape[1], 1)
+    return quantiles.gather(2, index).squeeze(2)

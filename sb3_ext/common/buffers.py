@@ -15,7 +15,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_ext.common.frames import FrameStore, gather_stacks
 
 
-def discounted_returns(rewards: NDArray[np.float32], remaining: NDArray[np.int64], gamma: float) -> NDArray[np.float64]:
+def discounted_returns(
+    rewards: NDArray[np.float32], remaining: NDArray[np.integer[Any]], gamma: float
+) -> NDArray[np.float64]:
     """
     Discounted return from every step to the end of its episode.
 
@@ -39,8 +41,8 @@ class OfflineReplayBuffer(ReplayBuffer):
     """
     A fixed set of episodes as an SB3 replay buffer.
 
-    Rows are frames: an episode of T steps takes T + 1 rows, the last one being its final observation. Observation stacks
-    are rebuilt when a batch is drawn. ``dones`` is 1 for terminations only, so truncated episodes bootstrap.
+    Rows are frames: an episode of T steps takes T + 1 rows, the last one being its final observation. Observation
+    stacks are rebuilt when a batch is drawn. ``dones`` is 1 for terminations only, so truncated episodes bootstrap.
 
     :param frames: the frames, channel first, ``[N, C, ...]``
     :param actions: action taken at each row, ``[N]``; ignored at the last row of an episode
@@ -79,11 +81,13 @@ class OfflineReplayBuffer(ReplayBuffer):
         n_rows, n_transitions = int((lengths + 1).sum()), int(lengths.sum())
         if not len(frames) == len(actions) == len(rewards) == len(terminated) == n_rows:
             raise ValueError(
-                f"{len(frames)} frames, {len(actions)} actions, {len(rewards)} rewards and {len(terminated)} termination flags do "
-                f"not fit episodes of {n_rows} rows in all (steps + 1 each)."
+                f"{len(frames)} frames, {len(actions)} actions, {len(rewards)} rewards, {len(terminated)} termination "
+                f"flags do not fit episodes of {n_rows} rows in all (steps + 1 each)."
             )
         if n_transitions == 0:
             raise ValueError("The dataset has no transition.")
+        if lengths.min() < 1:
+            raise ValueError(f"Episode {int(lengths.argmin())} has {lengths.min()} steps; every episode needs one.")
         if n_steps < 1:
             raise ValueError(f"n_steps must be at least 1, got {n_steps}.")
         # not ReplayBuffer.__init__: it would allocate arrays for stacked observations
@@ -97,7 +101,8 @@ class OfflineReplayBuffer(ReplayBuffer):
         starts = np.cumsum(lengths + 1) - (lengths + 1)
         dtype = np.int32 if n_rows < 2**31 else np.int64
         self._age = (np.arange(n_rows) - np.repeat(starts, lengths + 1)).astype(np.int32)
-        self._rows = np.flatnonzero(self._age < np.repeat(lengths, lengths + 1)).astype(dtype)
+        self._left = (np.repeat(lengths, lengths + 1) - self._age).astype(np.int32)
+        self._rows = np.flatnonzero(self._left).astype(dtype)
         self.rng = np.random.default_rng(seed)
         self.info: dict[str, Any] = {}
 
@@ -136,8 +141,8 @@ class OfflineReplayBuffer(ReplayBuffer):
 
         :param batch_size: B
         :param env: VecNormalize to apply, as in SB3
-        :return: observations and next observations ``[B, *obs_shape]`` in the dtype they are stored in, actions ``[B, 1]``,
-            dones and rewards ``[B, 1]``, discounts ``[B, 1]`` (None if ``n_steps == 1``)
+        :return: observations and next observations ``[B, *obs_shape]`` in the dtype they are stored in, actions
+            ``[B, 1]``, dones and rewards ``[B, 1]``, discounts ``[B, 1]`` (None if ``n_steps == 1``)
         """
         return self._get_samples(self.rng.integers(0, self.buffer_size, size=batch_size), env)
 
@@ -163,11 +168,10 @@ class OfflineReplayBuffer(ReplayBuffer):
     def _n_step(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], th.Tensor]:
         """Last row, summed reward and discount of the n-step return; the sum stops with the episode."""
         steps = np.arange(self.n_steps)
-        window = np.minimum(rows[:, None] + steps, len(self._age) - 1)
-        inside = self._age[window] - self._age[rows][:, None] == steps  # a smaller age: the next episode began
-        inside &= np.append(self._age, 0)[window + 1] > self._age[window]  # the final observation is no step
-        count = inside.sum(axis=1)
-        rewards = (self.rewards[window] * inside * self.gamma**steps).sum(axis=1)
+        count = np.minimum(self.n_steps, self._left[rows])
+        window = rows[:, None] + np.minimum(steps, count[:, None] - 1)
+        weights = np.where(steps < count[:, None], self.gamma**steps, 0)
+        rewards = (self.rewards[window] * weights).sum(axis=1)
         discounts = self._to_device((self.gamma**count).astype(np.float32).reshape(-1, 1))
         return rows + count - 1, rewards.astype(np.float32), discounts
 
@@ -183,9 +187,9 @@ class OfflineReplayBuffer(ReplayBuffer):
         :param rewards: rewards per row to use instead of the stored ones, for instance clipped
         :return: returns, ``[n_transitions]``
         """
-        remaining = np.repeat(self.lengths, self.lengths + 1) - self._age
-        rewards = np.where(remaining > 0, self.rewards if rewards is None else rewards, 0).astype(np.float32)
-        return discounted_returns(rewards, remaining, gamma)[self._rows]
+        per_row = discounted_returns(self.rewards if rewards is None else rewards, self._left, gamma)
+        returns: NDArray[np.float64] = per_row[self._rows]
+        return returns
 
     def episode_returns(self) -> NDArray[np.float64]:
         """
@@ -193,8 +197,9 @@ class OfflineReplayBuffer(ReplayBuffer):
 
         :return: ``[n_episodes]``
         """
-        ends = np.cumsum(self.lengths)
-        return np.add.reduceat(self.rewards[self._rows].astype(np.float64), ends - self.lengths)
+        starts = np.cumsum(self.lengths) - self.lengths
+        returns: NDArray[np.float64] = np.add.reduceat(self.rewards[self._rows].astype(np.float64), starts)
+        return returns
 
     def action_counts(self) -> NDArray[np.int64]:
         """
@@ -212,8 +217,8 @@ class MixedReplayBuffer(ReplayBuffer):
 
     :param offline: the dataset
     :param online: where new transitions go
-    :param offline_fraction: share of offline transitions per batch, from 0 to 1; everything is offline until ``online`` has
-        a transition
+    :param offline_fraction: share of offline transitions per batch, from 0 to 1; everything is offline until ``online``
+        has a transition
     :raises ValueError: if the share is not in [0, 1]
     """
 
@@ -243,6 +248,7 @@ class MixedReplayBuffer(ReplayBuffer):
         :param batch_size: B
         :param env: VecNormalize to apply
         :return: as :meth:`OfflineReplayBuffer.sample`, offline transitions first
+        :raises ValueError: if only one of the buffers gives n-step returns
         """
         n_offline = round(self.offline_fraction * batch_size) if self.online.size() else batch_size
         if n_offline == batch_size:
@@ -253,5 +259,9 @@ class MixedReplayBuffer(ReplayBuffer):
         offline = self.offline.sample(n_offline, env)
         joined = []
         for old, new in zip(offline, online, strict=True):
+            if (old is None) != (new is None):
+                raise ValueError(
+                    "One of the buffers gives n-step returns and the other does not; use the same n_steps."
+                )
             joined.append(None if old is None or new is None else th.cat([old, new.to(old.dtype)]))
         return ReplayBufferSamples(*joined)  # type: ignore[arg-type]

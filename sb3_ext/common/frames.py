@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -58,10 +56,16 @@ class ArrayFrames:
             raise IndexError("The frame store is empty.")
         return self._flat[rows].view(self.dtype).reshape(*rows.shape, *self.shape)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the frames once, not again as the view that take() reads
+        return ArrayFrames, (np.asarray(self.array),)
+
 
 class BlockFrames:
     """
-    Frames in zstd blocks of :data:`BLOCK` frames: 20 to 150 times smaller than raw, lossless, decoded as they are drawn.
+    Frames in zstd blocks of :data:`BLOCK`: 20 to 150 times smaller than raw, lossless, decoded when they are drawn.
+
+    Every block carries a checksum.
 
     :param data: the concatenated compressed blocks, ``[n_bytes]`` uint8 (RAM or memory-mapped)
     :param offsets: where each block starts, and the end of the last one, ``[n_blocks + 1]``
@@ -92,14 +96,23 @@ class BlockFrames:
         self._decoder = zstandard.ZstdDecompressor()
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """See :meth:`FrameStore.take`."""
+        """
+        See :meth:`FrameStore.take`.
+
+        :raises OSError: if a block is damaged
+        """
         flat = rows.reshape(-1)
         out = np.empty((len(flat), *self.shape), self.dtype)
         blocks, inverse = np.unique(flat // BLOCK, return_inverse=True)
         order = np.argsort(inverse, kind="stable")
         bounds = np.searchsorted(inverse[order], np.arange(len(blocks) + 1))
         for k, block in enumerate(blocks):
-            raw = self._decoder.decompress(self.data[self.offsets[block] : self.offsets[block + 1]])
+            try:
+                raw = self._decoder.decompress(self.data[self.offsets[block] : self.offsets[block + 1]].tobytes())
+            except zstandard.ZstdError as error:
+                raise OSError(
+                    f"Frames from {block * BLOCK} on are damaged ({error}). Delete the cached copy."
+                ) from error
             frames = np.frombuffer(raw, self.dtype).reshape(-1, *self.shape)
             where = order[bounds[k] : bounds[k + 1]]
             out[where] = frames[flat[where] % BLOCK]
@@ -115,7 +128,7 @@ class BlockWriter:
     """
 
     def __init__(self, file: BinaryIO, level: int = 3) -> None:
-        self._file, self._encoder = file, zstandard.ZstdCompressor(level=level)
+        self._file, self._encoder = file, zstandard.ZstdCompressor(level=level, write_checksum=True)
         self._pending: list[NDArray[Any]] = []
         self._n_pending = 0
         self._ends = [0]
@@ -135,7 +148,7 @@ class BlockWriter:
         frames = np.concatenate(self._pending) if self._pending else np.empty(0, np.uint8)
         stop = len(frames) if final else len(frames) - len(frames) % BLOCK
         for start in range(0, stop, BLOCK):
-            block = self._encoder.compress(np.ascontiguousarray(frames[start : min(start + BLOCK, stop)]))
+            block = self._encoder.compress(frames[start : min(start + BLOCK, stop)].tobytes())
             self._file.write(block)
             self._ends.append(self._ends[-1] + len(block))
         self._pending, self._n_pending = [frames[stop:]], len(frames) - stop
@@ -157,7 +170,7 @@ def pack_frames(frames: NDArray[Any]) -> tuple[bytes, tuple[int, ...], str]:
     :param frames: ``[n, *shape]``
     :return: bytes, shape and dtype, for :func:`unpack_frames`
     """
-    return zstandard.ZstdCompressor(level=3).compress(np.ascontiguousarray(frames)), frames.shape, frames.dtype.str
+    return zstandard.ZstdCompressor(level=3).compress(frames.tobytes()), frames.shape, frames.dtype.str
 
 
 def unpack_frames(data: bytes, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
@@ -213,33 +226,23 @@ def gather_stacks(
     return merged[:, :-channels], merged[:, channels:]
 
 
-def split_stacks(observations: NDArray[Any], n_frames: int) -> tuple[NDArray[Any], bool] | None:
+def split_stacks(observations: NDArray[Any], n_frames: int) -> tuple[NDArray[Any], frozenset[bool]] | None:
     """
     Take ready-made stacks of one episode apart, if that loses nothing.
 
     :param observations: stacks of one episode in time order, ``[T + 1, k * C, ...]``, oldest frame first
-    :param n_frames: frames per stack, k
-    :return: the newest frames ``[T + 1, C, ...]`` and whether the first stack was padded with zeros (else with copies
-        of the first frame); None if the observations are not such stacks
+    :param n_frames: frames per stack, k, at least 2
+    :return: the newest frames ``[T + 1, C, ...]``, and which values of ``pad_with_zeros`` give the first stack (both if
+        the first frame is black); None if the observations are not such stacks
     """
-    channels = observations.shape[1] // n_frames
-    older, newest = observations[:, :-channels], observations[:, -channels:]
-    if not np.array_equal(older[1:], observations[:-1, channels:]):
+    channels, rest = divmod(observations.shape[1], n_frames)
+    if rest:
         return None
-    first = older[0].reshape(n_frames - 1, channels, *observations.shape[2:])
-    if not first.any():
-        return newest, True
-    return (newest, False) if (first == newest[0]).all() else None
-
-
-def iter_blocks(path: Path, size: int = 1 << 20) -> Iterator[bytes]:
-    """
-    Read a file piece by piece.
-
-    :param path: the file
-    :param size: bytes per piece
-    :return: the pieces in order
-    """
-    with path.open("rb") as file:
-        while piece := file.read(size):
-            yield piece
+    newest = observations[:, -channels:]
+    if not np.array_equal(observations[1:, :-channels], observations[:-1, channels:]):
+        return None
+    padding = observations[0, :-channels].reshape(n_frames - 1, channels, *observations.shape[2:])
+    fits = frozenset(
+        zeros for zeros, frame in ((True, np.zeros_like(newest[0])), (False, newest[0])) if (padding == frame).all()
+    )
+    return (newest, fits) if fits else None

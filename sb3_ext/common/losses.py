@@ -13,7 +13,7 @@ class _SortedQuantileHuber(th.autograd.Function):
     Exact quantile Huber loss and gradient in O(N log M).
 
     For one predicted quantile the sum over targets splits at three places of the sorted targets (theta - 1, theta,
-    theta + 1); each part is a polynomial in theta whose coefficients are prefix sums over the targets and their squares.
+    theta + 1); each part is a polynomial in theta whose coefficients are prefix sums over targets and their squares.
     """
 
     @staticmethod
@@ -46,7 +46,7 @@ class _SortedQuantileHuber(th.autograd.Function):
         return (((1 - tau) * below + tau * above) / m).sum(1).to(current.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: th.Tensor) -> tuple[th.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: th.Tensor) -> tuple[th.Tensor, None]:
         (slope,) = ctx.saved_tensors
         return slope * grad_output[:, None], None
 
@@ -66,7 +66,8 @@ def quantile_huber_loss(current: th.Tensor, target: th.Tensor, method: str = "au
     """
     Per-sample quantile Huber loss of QR-DQN (Dabney et al., 2018, https://arxiv.org/abs/1710.10044, eq. 10), kappa = 1.
 
-    Summed over predicted and averaged over target quantiles; not reduced over the batch, so that callers can weight samples.
+    Summed over predicted and averaged over target quantiles; not reduced over the batch, so that callers can weight
+    samples.
 
     :param current: predicted quantiles of the taken action, ``[B, N]``, in units of (scaled) return
     :param target: target quantiles, ``[B, M]``; no gradient flows into it
@@ -82,7 +83,7 @@ def quantile_huber_loss(current: th.Tensor, target: th.Tensor, method: str = "au
     if method == "auto":
         method = "sorted" if current.device.type == "cpu" else "pairwise"
     if method == "sorted":
-        loss: th.Tensor = _SortedQuantileHuber.apply(current, target)  # type: ignore[no-untyped-call]
+        loss: th.Tensor = _SortedQuantileHuber.apply(current, target)
         return loss
     return _pairwise_quantile_huber(current, target.detach())
 
@@ -91,8 +92,8 @@ def conservative_gap(q_values: th.Tensor, actions: th.Tensor) -> th.Tensor:
     """
     Per-sample CQL(H) term (Kumar et al., 2020, https://arxiv.org/abs/2006.04779, eq. 4).
 
-    ``logsumexp_a Q(s, a) - Q(s, a_data)``: pushes all values down, weighted by their softmax, and the data's action up. The
-    negative log-likelihood of the data's action under a softmax policy over Q; hence also behaviour cloning's loss.
+    ``logsumexp_a Q(s, a) - Q(s, a_data)``: pushes all values down, weighted by their softmax, and the data's action up.
+    The negative log-likelihood of the data's action under a softmax policy over Q; hence also behaviour cloning's loss.
 
     :param q_values: ``[B, A]``; for QR-DQN the mean over quantiles
     :param actions: actions of the dataset, ``[B]`` or ``[B, 1]``

@@ -92,8 +92,8 @@ def train_weighted(
         loss = per_sample.mean()
         if (loss.device.type == "cpu" or model._n_updates % _GPU_CHECK_EVERY == 0) and not th.isfinite(loss):
             raise FloatingPointError(
-                f"The loss is {loss.item()} at gradient step {model._n_updates}. Check the rewards' scale, lower the learning "
-                "rate or set max_grad_norm; checkpoints written before this step are intact."
+                f"The loss is {loss.item()} at gradient step {model._n_updates}. Check the rewards' scale, lower the "
+                "learning rate or set max_grad_norm; checkpoints written before this step are intact."
             )
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

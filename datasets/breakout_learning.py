@@ -3,8 +3,8 @@ Breakout from random play to the best a PPO reached, in the order it was played:
 
     uv run datasets/breakout_learning.py --steps 1500000
 
-A PPO agent (SB3, zoo settings for Atari, a smaller network) learns under the protocol of the DQN Replay Dataset. Below its own wrappers
-(a lost life ends the episode, fire on reset, clipped rewards) a recorder keeps a share of the whole games.
+A PPO agent (SB3, zoo settings for Atari, a smaller network) learns under the protocol of the DQN Replay Dataset. Below
+its own wrappers (a lost life ends the episode, fire on reset, clipped rewards) a recorder keeps a share of the games.
 """
 
 import argparse
@@ -35,6 +35,7 @@ class SmallCNN(BaseFeaturesExtractor):
         )  # fmt: skip
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
+        """Return the features, ``[B, 256]``."""
         return self.layers(observations)
 
 

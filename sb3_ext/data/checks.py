@@ -9,6 +9,9 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+_LARGEST = np.finfo(np.float32).max
+_DROP = "Drop the episode with dataset.filter_episodes(...)."
+
 
 class DatasetError(ValueError):
     """The dataset is missing, damaged, or not of the kind that is needed."""
@@ -35,7 +38,7 @@ def check_spaces(
     observation_space: spaces.Space[Any], action_space: spaces.Space[Any], name: str
 ) -> tuple[spaces.Box, spaces.Discrete]:
     """
-    Accept ``Box`` observations and ``Discrete`` actions that start at 0.
+    Accept ``Box`` observations with at least one dimension and ``Discrete`` actions that start at 0.
 
     :param observation_space: of the dataset
     :param action_space: of the dataset
@@ -43,20 +46,20 @@ def check_spaces(
     :return: the spaces
     :raises DatasetError: otherwise
     """
-    if not isinstance(observation_space, spaces.Box):
+    if not isinstance(observation_space, spaces.Box) or not observation_space.shape:
         raise DatasetError(
-            f"{name}: observation_space is {observation_space}; vectors and images (Box) are supported. Record the dataset through a "
-            "wrapper that gives a Box (gymnasium.wrappers.FlattenObservation for instance)."
+            f"{name}: observation_space is {observation_space}; vectors and images (Box) are supported. Record the "
+            "dataset through a wrapper that gives a Box (gymnasium.wrappers.FlattenObservation for instance)."
         )
     if not isinstance(action_space, spaces.Discrete):
         raise DatasetError(
-            f"{name}: action_space is {action_space}; Q-learning over quantiles needs Discrete actions. For continuous actions "
-            "discretise them in a wrapper before recording."
+            f"{name}: action_space is {action_space}; Discrete actions are supported. Discretise continuous ones in a "
+            "wrapper before recording."
         )
     if action_space.start != 0:
         raise DatasetError(
-            f"{name}: action_space is {action_space}; SB3 counts actions from 0. Record again through a wrapper that shifts them "
-            f"by {-int(action_space.start)} to Discrete({action_space.n})."
+            f"{name}: action_space is {action_space}; SB3 counts actions from 0. Record again through a wrapper that "
+            f"shifts them by {-int(action_space.start)} to Discrete({action_space.n})."
         )
     return observation_space, action_space
 
@@ -66,30 +69,45 @@ def _first(mask: NDArray[np.bool_]) -> int:
     return int(np.flatnonzero(mask.reshape(len(mask), -1).any(axis=1))[0])
 
 
-def _check_values(observations: NDArray[Any], rewards: NDArray[Any], where: str) -> None:
-    if observations.dtype.kind == "f" and not np.isfinite(observations).all():
-        step = _first(~np.isfinite(observations))
+def _check_observations(observations: NDArray[Any], space: spaces.Box, where: str) -> NDArray[Any]:
+    if observations.shape[1:] != space.shape:
         raise DatasetError(
-            f"{where}, step {step}: the observation has NaN or infinite values. Drop the episode with dataset.filter_episodes(...)."
+            f"{where}: observations have shape {observations.shape[1:]}, the dataset's observation_space says "
+            f"{space.shape}."
         )
-    if not np.isfinite(rewards).all():
-        step = _first(~np.isfinite(rewards))
+    if observations.dtype.kind == "f":
+        bad = ~(np.abs(observations) <= _LARGEST)
+        if bad.any():
+            raise DatasetError(
+                f"{where}, step {_first(bad)}: the observation has NaN, infinite or too large values. {_DROP}"
+            )
+    if observations.dtype == space.dtype:
+        return observations
+    converted = observations.astype(space.dtype)
+    if converted.dtype.kind != "f" and not np.array_equal(converted, observations):
+        step = _first(converted != observations)
         raise DatasetError(
-            f"{where}, step {step}: the reward is {rewards[step]}. Drop the episode with dataset.filter_episodes(...)."
+            f"{where}, step {step}: observations are stored as {observations.dtype} and do not fit the "
+            f"observation_space's {space.dtype}. Record the dataset again."
         )
+    return converted
+
+
+def _check_rewards(rewards: NDArray[Any], where: str) -> None:
+    bad = ~(np.abs(rewards) <= _LARGEST)
+    if bad.any():
+        raise DatasetError(f"{where}, step {_first(bad)}: the reward is {rewards[_first(bad)]}. {_DROP}")
 
 
 def _check_actions(actions: NDArray[Any], action_space: spaces.Discrete, where: str) -> NDArray[np.int64]:
-    if actions.dtype.kind not in "iub" and not (actions == np.round(actions)).all():
-        raise DatasetError(f"{where}: the actions are of dtype {actions.dtype}; Discrete actions are whole numbers.")
+    if actions.dtype.kind not in "iub" and not (np.isfinite(actions) & (actions == np.round(actions))).all():
+        step = _first(~(np.isfinite(actions) & (actions == np.round(actions))))
+        raise DatasetError(f"{where}, step {step}: action {actions[step]} is no whole number. {_DROP}")
     whole = actions.astype(np.int64)
     outside = (whole < 0) | (whole >= action_space.n)
     if outside.any():
         step = _first(outside)
-        raise DatasetError(
-            f"{where}, step {step}: action {whole[step]} is outside Discrete({action_space.n}). Drop the episode with "
-            "dataset.filter_episodes(...) or correct the dataset's action_space."
-        )
+        raise DatasetError(f"{where}, step {step}: action {whole[step]} is outside Discrete({action_space.n}). {_DROP}")
     return whole
 
 
@@ -97,14 +115,14 @@ def _check_flags(terminations: NDArray[np.bool_], truncations: NDArray[np.bool_]
     both = terminations & truncations
     if strict and both.any():
         raise DatasetError(
-            f"{where}, step {_first(both)}: marked both terminated and truncated, so it is unclear whether to bootstrap. Pass "
-            "strict=False to let termination win."
+            f"{where}, step {_first(both)}: marked both terminated and truncated, so it is unclear whether to "
+            "bootstrap. Pass strict=False to let termination win."
         )
     early = (terminations | truncations)[:-1]
     if early.any():
         raise DatasetError(
-            f"{where}, step {_first(early)}: the episode ends here, but {len(terminations)} steps are stored. Store what follows as "
-            "an episode of its own."
+            f"{where}, step {_first(early)}: the episode ends here, but {len(terminations)} steps are stored. Store "
+            "what follows as an episode of its own."
         )
     return bool(terminations[-1])
 
@@ -130,34 +148,31 @@ def check_episode(
     :raises DatasetError: naming episode and step
     """
     where = f"{name}, episode {index}"
-    observations, rewards = np.asarray(episode["observations"]), np.asarray(episode["rewards"])
-    actions = np.asarray(episode["actions"])
+    rewards = np.asarray(episode["rewards"]).reshape(-1)
+    observations, actions = np.asarray(episode["observations"]), np.asarray(episode["actions"])
+    terminations = np.asarray(episode["terminations"], bool).reshape(-1)
+    truncations = np.asarray(episode["truncations"], bool).reshape(-1)
     steps = len(rewards)
     if steps == 0:
         raise DatasetError(f"{where} has no step. Drop it with dataset.filter_episodes(lambda e: len(e) > 0).")
     if steps == 1 and strict:
         raise DatasetError(
-            f"{where} has one step only, which is often an artefact of recording. Pass strict=False if it is meant, or drop it with "
-            "dataset.filter_episodes(lambda e: len(e) > 1)."
+            f"{where} has one step only, which is often an artefact of recording. Pass strict=False if it is meant, or "
+            "drop it with dataset.filter_episodes(lambda e: len(e) > 1)."
         )
     sizes = {
         "observations": (len(observations), steps + 1),
-        "actions": (len(actions), steps),
-        "terminations": (len(episode["terminations"]), steps),
-        "truncations": (len(episode["truncations"]), steps),
+        "actions": (actions.size, steps),
+        "terminations": (len(terminations), steps),
+        "truncations": (len(truncations), steps),
     }
     for field, (found, wanted) in sizes.items():
         if found != wanted:
             raise DatasetError(
                 f"{where}: {found} {field} for {steps} rewards, expected {wanted}. The episode was not stored whole."
             )
-    if observations.shape[1:] != observation_space.shape:
-        raise DatasetError(
-            f"{where}: observations have shape {observations.shape[1:]}, the dataset's observation_space says {observation_space.shape}."
-        )
-    _check_values(observations, rewards, where)
-    whole = _check_actions(actions.reshape(steps, -1)[:, 0], action_space, where)
-    terminations = np.asarray(episode["terminations"], bool).reshape(-1)
-    truncations = np.asarray(episode["truncations"], bool).reshape(-1)
+    _check_rewards(rewards, where)
+    observations = _check_observations(observations, observation_space, where)
+    whole = _check_actions(actions.reshape(-1), action_space, where)
     terminated = _check_flags(terminations, truncations, where, strict)
-    return CheckedEpisode(observations, whole, rewards.reshape(-1), terminated)
+    return CheckedEpisode(observations, whole, rewards, terminated)

@@ -38,10 +38,10 @@ def to_channel_first(observations: NDArray[Any], space: spaces.Space[Any]) -> ND
     """
     if not is_frame_space(space):
         return observations
-    assert space.shape is not None
+    assert isinstance(space, spaces.Box)
     if len(space.shape) == 2:
         return observations[..., None, :, :]
-    return observations if is_image_space_channels_first(space) else np.moveaxis(observations, -1, -3)  # type: ignore[arg-type]
+    return observations if is_image_space_channels_first(space) else np.moveaxis(observations, -1, -3)
 
 
 def stacked_space(space: spaces.Box, frame_stack: int) -> spaces.Box:
@@ -56,26 +56,30 @@ def stacked_space(space: spaces.Box, frame_stack: int) -> spaces.Box:
     return spaces.Box(
         np.concatenate([low] * frame_stack),
         np.concatenate([high] * frame_stack),
-        dtype=space.dtype.type,  # type: ignore[arg-type]
+        dtype=space.dtype.type,
     )
 
 
-class StackFrames(gym.Wrapper[Any, Any, Any, Any]):
+class StackFrames(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
     """
     Show the agent the stack that the replay buffer will rebuild from single frames.
 
     Channel first, oldest frame first, zeros before the episode start.
 
     :param env: environment with ``Box`` observations
-    :param frame_stack: frames per stack; 1 only brings the channels to the front
+    :param frame_stack: frames per stack, at least 1; 1 only brings the channels to the front
     :param pad_with_zeros: False repeats the first frame instead
     :raises TypeError: if the observations are not a ``Box``
+    :raises ValueError: if ``frame_stack`` is less than 1
     """
 
     def __init__(self, env: gym.Env[Any, Any], frame_stack: int = 4, pad_with_zeros: bool = True) -> None:
-        super().__init__(env)
+        gym.utils.RecordConstructorArgs.__init__(self, frame_stack=frame_stack, pad_with_zeros=pad_with_zeros)
+        gym.Wrapper.__init__(self, env)
         if not isinstance(env.observation_space, spaces.Box):
             raise TypeError(f"StackFrames needs Box observations, got {env.observation_space}.")
+        if frame_stack < 1:
+            raise ValueError(f"frame_stack must be at least 1, got {frame_stack}.")
         self.frame_stack, self.pad_with_zeros = frame_stack, pad_with_zeros
         self._frame_space = env.observation_space
         self.observation_space = stacked_space(env.observation_space, frame_stack)

@@ -1,135 +1,33 @@
-"""Open, check and load Minari datasets, without building their environment unless asked to."""
+"""Minari datasets as replay buffers, and the environments they were made in."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import gymnasium as gym
-import minari
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
-from minari.dataset.minari_dataset import DATASET_ID_RE
-from minari.dataset.minari_storage import MinariStorage
-from minari.serialization import deserialize_space
-from minari.storage.datasets_root_dir import get_dataset_path
 from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_ext.common.buffers import OfflineReplayBuffer
-from sb3_ext.common.frames import ArrayFrames, BlockFrames, BlockWriter, FrameStore, split_stacks
-from sb3_ext.data.checks import CheckedEpisode, DatasetError, check_episode, check_spaces
+from sb3_ext.common.frames import FrameStore, split_stacks
+from sb3_ext.data.cache import Arrays, NotStacks, RamSink, cache_folder, cache_key, open_cache, stream, write_cache
+from sb3_ext.data.checks import DatasetError
 from sb3_ext.data.envs import StackFrames, is_frame_space, stacked_space, to_channel_first
-from sb3_ext.data.record import return_statistics
+from sb3_ext.data.source import DatasetLike, Source, env_spec, open_source
+from sb3_ext.data.write import return_statistics
 
-DatasetLike = minari.MinariDataset | str | os.PathLike[str]
+__all__ = ["STORAGES", "DatasetLike", "choose_episodes", "default_frame_stack", "load_minari", "make_eval_env"]
 
 STORAGES = ("mmap", "compressed", "ram")
-_CACHE_FORMAT = 1
-_FRAMES_RAW, _FRAMES_ZSTD = "frames.bin", "frames.zst"
-
-
-class _NotStacks(Exception):
-    """An episode turned out not to consist of overlapping frame stacks."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where the data lies, which of its episodes are meant, and what its metadata says."""
-
-    path: Path
-    metadata: dict[str, Any]
-    episodes: NDArray[np.int64] | None
-    observation_space: spaces.Box
-    action_space: spaces.Discrete
-
-    @property
-    def name(self) -> str:
-        return str(self.metadata.get("dataset_id", self.path.parent.name))
-
-    def open(self) -> MinariStorage:
-        try:
-            return MinariStorage.read(self.path)
-        except Exception as error:
-            raise DatasetError(
-                f"{self.name}: the data cannot be opened ({error}). Delete the dataset and get it again."
-            ) from error
-
-
-def _find_path(dataset: str | os.PathLike[str]) -> Path:
-    """Data folder of a dataset given by path or id; an id that is not here is downloaded."""
-    path = Path(dataset)
-    for candidate in (path, path / "data"):
-        if (candidate / "metadata.json").is_file():
-            return candidate
-    if path.exists():
-        raise DatasetError(f"{path} is not a Minari dataset: there is no metadata.json in it or in its folder 'data'.")
-    name = os.fspath(dataset)
-    if name in gym.registry:
-        raise TypeError(
-            f"{name!r} is an environment id; a dataset is expected here. Pass the environment as env={name!r}."
-        )
-    match = DATASET_ID_RE.fullmatch(name)
-    if match is None:
-        raise DatasetError(f"{name!r} is neither an existing path nor a dataset id of the form 'namespace/name-v0'.")
-    local = Path(get_dataset_path(name)) / "data"
-    if not local.is_dir():
-        try:
-            minari.download_dataset(name)
-        except Exception as error:
-            known = list(minari.list_local_datasets())
-            close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-            hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise DatasetError(
-                f"The dataset {name!r} is not on this machine ({len(known)} are, see `minari list local`) and could not be "
-                f"downloaded ({type(error).__name__}: {error}).{hint}"
-            ) from error
-    return local
-
-
-def _open_source(dataset: DatasetLike, build_env: bool = False) -> _Source:
-    if isinstance(dataset, (gym.Env, VecEnv)):
-        raise TypeError("A dataset is expected here, not an environment. Pass the environment as env=.")
-    if not isinstance(dataset, (minari.MinariDataset, str, os.PathLike)):
-        raise TypeError(f"A dataset is a minari.MinariDataset, an id or a path, not {type(dataset).__name__}.")
-    episodes = None
-    if isinstance(dataset, minari.MinariDataset):
-        path = Path(dataset.storage.data_path)
-        if len(dataset.episode_indices) != dataset.storage.total_episodes:
-            episodes = np.asarray(dataset.episode_indices, np.int64)
-    else:
-        path = _find_path(dataset)
-    try:
-        metadata = MinariStorage.read_raw_metadata(path)
-    except Exception as error:
-        raise DatasetError(
-            f"{path}: metadata.json cannot be read ({error}). Delete the dataset and get it again."
-        ) from error
-    name = metadata.get("dataset_id", path.parent.name)
-    found: list[spaces.Space[Any]] = []
-    for field in ("observation_space", "action_space"):
-        if field in metadata:
-            found.append(deserialize_space(metadata[field]))
-        elif build_env:
-            found.append(getattr(minari.MinariDataset(path), field))
-        else:
-            raise DatasetError(
-                f"{name}: its metadata has no {field}; only its environment knows. Building that runs code the dataset names: if you "
-                "trust it, pass build_env=True."
-            )
-    observation_space, action_space = check_spaces(found[0], found[1], name)
-    return _Source(path, metadata, episodes, observation_space, action_space)
 
 
 def choose_episodes(lengths: NDArray[np.int64], subset: float, seed: int) -> NDArray[np.int64]:
@@ -144,6 +42,8 @@ def choose_episodes(lengths: NDArray[np.int64], subset: float, seed: int) -> NDA
     """
     if not 0 < subset <= 1:
         raise ValueError(f"subset must be in (0, 1], got {subset}.")
+    if subset == 1:
+        return np.arange(len(lengths))
     order = np.random.default_rng(seed).permutation(len(lengths))
     wanted = int(np.searchsorted(np.cumsum(lengths[order]), subset * lengths.sum() - 1e-6)) + 1
     return np.sort(order[:wanted])
@@ -161,259 +61,36 @@ def default_frame_stack(space: spaces.Box) -> int:
 
 def _ready_made(space: spaces.Box, frame_stack: int | None) -> int:
     """Frames per stack if the observations may be ready-made stacks, else 1."""
-    if not is_frame_space(space):
-        return 1
-    channels = to_channel_first(space.low, space).shape[0]
-    if channels > 1 and channels != 3 and frame_stack in (None, channels):
-        return int(channels)
-    return int(channels) if channels == 3 and frame_stack == 3 else 1
+    channels = int(to_channel_first(space.low, space).shape[0]) if is_frame_space(space) else 1
+    if frame_stack is None:
+        return channels if channels != 3 else 1
+    return frame_stack if channels % frame_stack == 0 else 1
 
 
-def _read_episodes(source: _Source, indices: NDArray[np.int64], strict: bool) -> Iterator[CheckedEpisode]:
-    storage = source.open()
-    episodes = iter(storage.get_episodes(indices.tolist()))
-    for index in indices.tolist():
-        try:
-            episode = next(episodes)
-        except StopIteration:
-            raise DatasetError(
-                f"{source.name}: the data ends before episode {index}. Delete the dataset and get it again."
-            ) from None
-        except Exception as error:
-            raise DatasetError(
-                f"{source.name}: episode {index} cannot be read ({type(error).__name__}: {error}). The file is damaged or cut short; "
-                "delete the dataset and get it again."
-            ) from error
-        yield check_episode(episode, index, source.name, source.observation_space, source.action_space, strict)
-
-
-class _RamSink:
-    def __init__(self, n_rows: int) -> None:
-        self._n_rows, self._used = n_rows, 0
-        self._array: NDArray[Any] | None = None
-
-    def append(self, frames: NDArray[Any]) -> None:
-        if self._array is None:
-            self._array = np.empty((self._n_rows, *frames.shape[1:]), frames.dtype)
-        if self._used + len(frames) > len(self._array):
-            raise DatasetError(
-                "The metadata's total_steps is smaller than the data. Delete the dataset and get it again."
-            )
-        self._array[self._used : self._used + len(frames)] = frames
-        self._used += len(frames)
-
-    def finish(self) -> FrameStore:
-        assert self._array is not None
-        return ArrayFrames(self._array[: self._used])
-
-
-class _FileSink:
-    """Raw or compressed frames in a folder."""
-
-    def __init__(self, folder: Path, compressed: bool) -> None:
-        self.folder, self.compressed = folder, compressed
-        self._file: BinaryIO = (folder / (_FRAMES_ZSTD if compressed else _FRAMES_RAW)).open("wb")
-        self._blocks = BlockWriter(self._file) if compressed else None
-
-    def append(self, frames: NDArray[Any]) -> None:
-        if self._blocks is not None:
-            self._blocks.append(frames)
-        else:
-            np.ascontiguousarray(frames).tofile(self._file)
-
-    def finish(self) -> None:
-        if self._blocks is not None:
-            np.save(self.folder / "offsets.npy", self._blocks.finish())
-        self._file.close()
-
-
-@dataclass
-class _Arrays:
-    """Everything but the frames."""
-
-    actions: NDArray[Any]
-    rewards: NDArray[np.float32]
-    terminated: NDArray[np.bool_]
-    lengths: NDArray[np.int64]
-    shape: tuple[int, ...]
-    dtype: str
-    pad_with_zeros: bool
-
-
-def _stream(source: _Source, episodes: Iterator[CheckedEpisode], sink: _RamSink | _FileSink, n_frames: int) -> _Arrays:
-    """Send the frames to the sink; with ``n_frames`` > 1 the observations are stacks to take apart."""
-    actions: list[NDArray[Any]] = []
-    rewards: list[NDArray[Any]] = []
-    terminated: list[NDArray[Any]] = []
-    lengths: list[int] = []
-    action_dtype = np.min_scalar_type(int(source.action_space.n) - 1)
-    padding: set[bool] = set()
-    frames = np.empty(0)
-    for episode in episodes:
-        frames = to_channel_first(episode.observations, source.observation_space)
-        if n_frames > 1:
-            parts = split_stacks(frames, n_frames)
-            if parts is None:
-                raise _NotStacks
-            frames = parts[0]
-            padding.add(parts[1])
-            if len(padding) > 1:
-                raise _NotStacks
-        if frames.dtype == np.float64:
-            frames = frames.astype(np.float32)
-        sink.append(frames)
-        last = np.zeros(len(frames), bool)
-        last[-2] = episode.terminated
-        actions.append(np.append(episode.actions, 0).astype(action_dtype))
-        rewards.append(np.append(episode.rewards, 0).astype(np.float32))
-        terminated.append(last)
-        lengths.append(len(frames) - 1)
-    return _Arrays(
-        np.concatenate(actions),
-        np.concatenate(rewards),
-        np.concatenate(terminated),
-        np.array(lengths, np.int64),
-        frames.shape[1:],
-        frames.dtype.str,
-        padding != {False},
-    )
-
-
-def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """
-    Where memory-mapped frames are kept.
-
-    :param cache_dir: the folder, if the user names one
-    :return: ``cache_dir``, else ``$SB3_EXT_CACHE``, else ``sb3_ext`` in the user's cache folder
-    """
-    if cache_dir is not None:
-        return Path(cache_dir)
-    if "SB3_EXT_CACHE" in os.environ:
-        return Path(os.environ["SB3_EXT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sb3_ext"
-
-
-def _cache_key(source: _Source, *options: Any) -> str:
-    """Digest of the metadata, of name, size and time of every data file, and of what was asked for."""
-    digest = hashlib.sha256(repr((_CACHE_FORMAT, options)).encode())
-    digest.update((source.path / "metadata.json").read_bytes())
-    if source.episodes is not None:
-        digest.update(source.episodes.tobytes())
-    stack = [source.path]
-    while stack:
-        for entry in sorted(os.scandir(stack.pop()), key=lambda e: e.name):
-            if entry.is_dir():
-                stack.append(Path(entry.path))
-            else:
-                stat = entry.stat()
-                digest.update(f"{entry.path[len(str(source.path)) :]}|{stat.st_size}|{stat.st_mtime_ns};".encode())
-    return digest.hexdigest()[:32]
-
-
-def _open_cache(folder: Path) -> tuple[FrameStore, _Arrays] | None:
-    """The cached frames, or None if the folder is not a complete cache."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if any((folder / name).stat().st_size != size for name, size in manifest["sizes"].items()):
-            return None
-        with np.load(folder / "arrays.npz") as file:
-            arrays = _Arrays(
-                *(file[k] for k in ("actions", "rewards", "terminated", "lengths")),
-                shape=tuple(manifest["shape"]),
-                dtype=manifest["dtype"],
-                pad_with_zeros=manifest["pad_with_zeros"],
-            )
-        n_rows = len(arrays.actions)
-        if _FRAMES_ZSTD in manifest["sizes"]:
-            data = np.memmap(folder / _FRAMES_ZSTD, np.uint8, "r")
-            offsets = np.load(folder / "offsets.npy")
-            return BlockFrames(data, offsets, n_rows, arrays.shape, np.dtype(arrays.dtype)), arrays
-        frames = np.memmap(folder / _FRAMES_RAW, arrays.dtype, "r", shape=(n_rows, *arrays.shape))
-        return ArrayFrames(frames), arrays
-    except (FileNotFoundError, KeyError, ValueError):
-        return None
-
-
-def _write_cache(
-    source: _Source,
-    indices: NDArray[np.int64],
-    folder: Path,
-    compressed: bool,
-    n_frames: int,
-    strict: bool,
-    n_rows: int,
-) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    frame = np.prod(source.observation_space.shape, dtype=np.int64) * source.observation_space.dtype.itemsize  # type: ignore[union-attr]
-    need = int(n_rows * frame) // (n_frames * (8 if compressed else 1))
-    free = shutil.disk_usage(folder.parent).free
-    if need > free:
-        raise DatasetError(
-            f"{source.name}: memory-mapping needs {need / 1e9:.1f} GB in {folder.parent}, {free / 1e9:.1f} GB are free. Use "
-            "storage='compressed', a smaller subset, or another cache_dir (environment variable SB3_EXT_CACHE)."
-        )
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-    try:
-        sink = _FileSink(partial, compressed)
-        try:
-            arrays = _stream(source, _read_episodes(source, indices, strict), sink, n_frames)
-        finally:
-            sink.finish()
-        named = {k: getattr(arrays, k) for k in ("actions", "rewards", "terminated", "lengths")}
-        np.savez(partial / "arrays.npz", **named)
-        manifest = {
-            "dataset_id": source.name,
-            "shape": arrays.shape,
-            "dtype": arrays.dtype,
-            "pad_with_zeros": arrays.pad_with_zeros,
-            "sizes": {f.name: f.stat().st_size for f in partial.iterdir()},
-        }
-        (partial / "manifest.json").write_text(json.dumps(manifest))
-        if folder.exists():
-            shutil.rmtree(folder)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if _open_cache(folder) is None:  # else: another process was faster, and its result is the same
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _build(
-    source: _Source,
-    key: Sequence[Any],
-    storage: str,
-    folder: Path,
-    strict: bool,
-    subset: float,
-    seed: int,
-    n_frames: int,
-) -> tuple[FrameStore, _Arrays]:
-    target = folder / _cache_key(source, *key, n_frames)
-    if storage != "ram" and (cached := _open_cache(target)) is not None:
+def _read(
+    source: Source, storage: str, folder: Path, subset: float, seed: int, strict: bool, n_frames: int
+) -> tuple[FrameStore, Arrays]:
+    """Frames and the rest of a dataset, from the cache if they are there; stacks of ``n_frames`` are taken apart."""
+    compressed = storage == "compressed"
+    key = cache_key(source, compressed, subset, seed if subset < 1 else None, strict, n_frames)
+    if storage != "ram" and (cached := open_cache(folder / key)) is not None:
         return cached
-    minari_storage = source.open()
-    total = int(minari_storage.total_episodes)
-    indices = np.arange(total) if source.episodes is None else source.episodes
-    if len(indices) == 0:
-        raise DatasetError(f"{source.name}: the dataset is empty.")
-    n_rows = int(minari_storage.total_steps) + total
-    if subset != 1.0 or source.episodes is not None:
+    opened = source.open()
+    lengths = source.episode_lengths(opened)
+    chosen = choose_episodes(lengths, subset, seed)
+    n_rows = int((lengths[chosen] + 1).sum())
+    for n in (n_frames, 1):
+        episodes = source.read(opened, source.episodes[chosen], lengths[chosen], strict)
         try:
-            lengths = np.array(
-                [m["total_steps"] for m in minari_storage.get_episode_metadata(indices.tolist())], np.int64
-            )
-        except Exception as error:
-            raise DatasetError(f"{source.name}: the episodes' metadata cannot be read ({error}).") from error
-        chosen = choose_episodes(lengths, subset, seed)
-        indices, n_rows = indices[chosen], int((lengths[chosen] + 1).sum())
-    if storage == "ram":
-        sink = _RamSink(n_rows)
-        arrays = _stream(source, _read_episodes(source, indices, strict), sink, n_frames)
-        return sink.finish(), arrays
-    _write_cache(source, indices, target, storage == "compressed", n_frames, strict, n_rows)
-    cached = _open_cache(target)
+            if storage == "ram":
+                sink = RamSink(n_rows)
+                arrays = stream(episodes, source.observation_space, int(source.action_space.n), sink, n)
+                return sink.finish(), arrays
+            write_cache(source, episodes, folder / key, n_rows, n, compressed)
+            break
+        except NotStacks:
+            continue
+    cached = open_cache(folder / key)
     assert cached is not None
     return cached
 
@@ -440,15 +117,16 @@ def load_minari(
     executed: its environment is not built.
 
     :param dataset: a ``MinariDataset`` (its episode filter is respected), an id (local, else downloaded) or a path
-    :param frame_stack: frames per observation; ready-made stacks are recognised and taken apart; default: 4 for pictures with
-        one channel, else 1
+    :param frame_stack: frames per observation; ready-made stacks are recognised and taken apart; default: 4 for
+        pictures with one channel, else 1
     :param subset: share of the steps to use, drawn as whole episodes from all over the log
     :param subset_seed: seed of that draw
-    :param storage: ``"mmap"``: frames raw on disk in a cache, opened at once from the second time on, and larger than RAM if
-        need be; ``"compressed"``: the same in zstd blocks, 20 to 150 times smaller and a little slower to draw from;
-        ``"ram"``: raw in RAM, nothing written to disk
+    :param storage: ``"mmap"``: frames raw on disk in a cache, opened at once from the second time on, and larger than
+        RAM if need be; ``"compressed"``: the same in zstd blocks, 20 to 150 times smaller and a little slower to draw
+        from; ``"ram"``: raw in RAM, nothing written to disk
     :param cache_dir: the cache; default ``$SB3_EXT_CACHE``, else the user's cache folder
-    :param strict: False accepts episodes of one step, and lets termination win where a step is marked terminated and truncated
+    :param strict: False accepts episodes of one step, and lets termination win where a step is marked terminated and
+        truncated
     :param build_env: allow building the dataset's environment if the metadata lacks its spaces (runs code it names)
     :param n_steps: see :class:`~sb3_ext.common.buffers.OfflineReplayBuffer`
     :param gamma: likewise
@@ -465,16 +143,12 @@ def load_minari(
         raise ValueError(f"subset must be in (0, 1], got {subset}.")
     if frame_stack is not None and frame_stack < 1:
         raise ValueError(f"frame_stack must be at least 1, got {frame_stack}.")
-    source = _open_source(dataset, build_env)
-    key = (storage == "compressed", subset, subset_seed, strict)
+    source = open_source(dataset, build_env)
+    source.warn_if_lossy()
     n_frames = _ready_made(source.observation_space, frame_stack)
-    try:
-        frames, arrays = _build(source, key, storage, cache_folder(cache_dir), strict, subset, subset_seed, n_frames)
-    except _NotStacks:
-        n_frames = 1
-        frames, arrays = _build(source, key, storage, cache_folder(cache_dir), strict, subset, subset_seed, n_frames)
-    if n_frames > 1:
-        stack, space = n_frames, stacked_space(source.observation_space, 1)
+    frames, arrays = _read(source, storage, cache_folder(cache_dir), subset, subset_seed, strict, n_frames)
+    if arrays.n_frames > 1:
+        stack, space = arrays.n_frames, stacked_space(source.observation_space, 1)
     else:
         stack = frame_stack or default_frame_stack(source.observation_space)
         space = stacked_space(source.observation_space, stack)
@@ -495,7 +169,7 @@ def load_minari(
     )
     buffer.info = {
         "dataset_id": source.name,
-        "env_id": env_id(source.metadata),
+        "env_id": (env_spec(source.metadata) or {}).get("id"),
         "algorithm_name": source.metadata.get("algorithm_name"),
         "frame_stack": stack,
         "subset": subset,
@@ -506,15 +180,14 @@ def load_minari(
     return buffer
 
 
-def env_id(metadata: dict[str, Any]) -> str | None:
-    """
-    Read the environment's id from a dataset's metadata without building it.
-
-    :param metadata: raw metadata
-    :return: the id, or None
-    """
-    spec = metadata.get("eval_env_spec") or metadata.get("env_spec")
-    return json.loads(spec).get("id") if spec else None
+def _is_stacked(source: Source, n_frames: int) -> bool:
+    """Whether the first episode consists of stacks of so many frames; the environment then makes them itself."""
+    if n_frames == 1:
+        return False
+    opened = source.open()
+    first = source.episodes[:1]
+    episode = next(source.read(opened, first, source.episode_lengths(opened)[:1], strict=False))
+    return split_stacks(to_channel_first(episode.observations, source.observation_space), n_frames) is not None
 
 
 def make_eval_env(
@@ -533,15 +206,17 @@ def make_eval_env(
     :return: the environment, monitored
     :raises DatasetError: if the dataset does not name an environment
     """
-    source = _open_source(dataset)
-    text = source.metadata.get("eval_env_spec") or source.metadata.get("env_spec")
-    if not text:
+    source = open_source(dataset)
+    fields_of_spec = env_spec(source.metadata)
+    if fields_of_spec is None:
         raise DatasetError(
             f"{source.name} does not say which environment it was made in; build it yourself and pass it as env=."
         )
-    spec = EnvSpec.from_json(text)
+    known = {field.name for field in fields(EnvSpec) if field.init}
+    # older Gymnasium wrote fields that today's does not have
+    spec = EnvSpec.from_json(json.dumps({k: v for k, v in fields_of_spec.items() if k in known}))
     stack = frame_stack or default_frame_stack(source.observation_space)
-    if _ready_made(source.observation_space, frame_stack) > 1:
+    if _is_stacked(source, _ready_made(source.observation_space, frame_stack)):
         stack = 1
 
     def make() -> gym.Env[Any, Any]:

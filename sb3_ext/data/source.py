@@ -1,0 +1,242 @@
+"""Find, open and read Minari datasets without building the environment they name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import gymnasium as gym
+import minari
+import numpy as np
+from gymnasium import spaces
+from minari.dataset.minari_dataset import DATASET_ID_RE
+from minari.dataset.minari_storage import MinariStorage, is_image_space
+from minari.serialization import deserialize_space
+from minari.storage.datasets_root_dir import get_dataset_path
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ext.data.checks import CheckedEpisode, DatasetError, check_episode, check_spaces
+
+DatasetLike: TypeAlias = minari.MinariDataset | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    Where the data lies, which of its episodes are meant, and what its metadata says.
+
+    :param path: folder of the data and of ``metadata.json``
+    :param metadata: raw metadata
+    :param episodes: numbers of the episodes that are meant, in order
+    :param observation_space: of the dataset
+    :param action_space: of the dataset
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    episodes: NDArray[np.int64]
+    observation_space: spaces.Box
+    action_space: spaces.Discrete
+
+    @property
+    def name(self) -> str:
+        """The dataset's id."""
+        return _name(self.metadata, self.path)
+
+    def open(self) -> MinariStorage:
+        """
+        Open the data.
+
+        :return: Minari's storage
+        :raises DatasetError: if that fails
+        """
+        try:
+            return MinariStorage.read(self.path)
+        except Exception as error:
+            raise DatasetError(f"{self.name}: the data cannot be opened ({_reason(error)}). {_AGAIN}") from error
+
+    def episode_lengths(self, storage: MinariStorage) -> NDArray[np.int64]:
+        """
+        Read how many steps each episode has, from the episodes' metadata.
+
+        :param storage: the opened data
+        :return: steps, ``[n_episodes]``
+        :raises DatasetError: if an episode's metadata is missing
+        """
+        lengths = []
+        for number in self.episodes.tolist():
+            try:
+                lengths.append(int(next(iter(storage.get_episode_metadata([number])))["total_steps"]))
+            except Exception as error:
+                raise DatasetError(
+                    f"{self.name}, episode {number}: its metadata cannot be read ({_reason(error)}). {_AGAIN}"
+                ) from error
+        return np.array(lengths, np.int64)
+
+    def read(
+        self, storage: MinariStorage, episodes: NDArray[np.int64], lengths: NDArray[np.int64], strict: bool
+    ) -> Iterator[CheckedEpisode]:
+        """
+        Read and check episodes one after the other.
+
+        :param storage: the opened data
+        :param episodes: their numbers
+        :param lengths: steps each must have
+        :param strict: see :func:`~sb3_ext.data.checks.check_episode`
+        :return: the episodes
+        :raises DatasetError: naming episode and step, at the first that is damaged or invalid
+        """
+        for number, steps in zip(episodes.tolist(), lengths.tolist(), strict=True):
+            try:
+                # one by one: Minari pairs numbers with Arrow batches blindly, and an unreadable file stops all of them
+                episode = next(iter(storage.get_episodes([number])))
+            except Exception as error:
+                raise DatasetError(
+                    f"{self.name}, episode {number} cannot be read ({_reason(error)}): the file is damaged or cut "
+                    f"short. {_AGAIN}"
+                ) from error
+            checked = check_episode(episode, number, self.name, self.observation_space, self.action_space, strict)
+            if len(checked.rewards) != steps:
+                raise DatasetError(
+                    f"{self.name}, episode {number} has {len(checked.rewards)} steps, its metadata says {steps}. "
+                    f"{_AGAIN}"
+                )
+            yield checked
+
+    def warn_if_lossy(self) -> None:
+        """Warn when the images went through JPEG."""
+        if self.metadata.get("jpeg_encoding", True) and is_image_space(self.observation_space):
+            warnings.warn(
+                f"{self.name}: Minari stored these images as JPEG, which changed pixels. Record with "
+                "sb3_ext.data.record, or with jpeg_encoding=False.",
+                stacklevel=3,
+            )
+
+
+_AGAIN = "Delete the dataset and get it again."
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _name(metadata: dict[str, Any], path: Path) -> str:
+    return str(metadata.get("dataset_id", path.parent.name))
+
+
+def _similar(name: str) -> tuple[int, str]:
+    """Number of datasets on this machine, and a hint at those with a similar name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about other datasets that are broken
+        try:
+            known = list(minari.list_local_datasets())
+        except ValueError:  # a folder whose name is no id
+            known = []
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return len(known), f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _find_path(dataset: str | os.PathLike[str]) -> Path:
+    """Data folder of a dataset given by path or id; an id that is not here is downloaded."""
+    path, name = Path(dataset), os.fspath(dataset)
+    for candidate in (path, path / "data"):
+        if (candidate / "metadata.json").is_file():
+            return candidate
+    match = DATASET_ID_RE.fullmatch(name)
+    local = Path(get_dataset_path(name)) / "data"
+    if match and local.is_dir():
+        return local
+    if name in gym.registry:
+        raise TypeError(
+            f"{name!r} is an environment id; a dataset is expected here. Pass the environment as env={name!r}."
+        )
+    if path.exists():
+        raise DatasetError(f"{path} is not a Minari dataset: there is no metadata.json in it or in its folder 'data'.")
+    if not match or not match["version"]:
+        raise DatasetError(
+            f"{name!r} is neither an existing path nor a dataset id of the form 'namespace/name-v0'.{_similar(name)[1]}"
+        )
+    try:
+        minari.download_dataset(name)
+    except Exception as error:
+        n_known, hint = _similar(name)
+        raise DatasetError(
+            f"The dataset {name!r} is not on this machine ({n_known} are, see `minari list local`) and could not be "
+            f"downloaded ({_reason(error)}).{hint}"
+        ) from error
+    return local
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    try:
+        metadata = MinariStorage.read_raw_metadata(path)
+        if not isinstance(metadata, dict) or not isinstance(metadata["total_episodes"], int):
+            raise ValueError("total_episodes is missing")
+    except Exception as error:
+        raise DatasetError(f"{path}: metadata.json cannot be read ({_reason(error)}). {_AGAIN}") from error
+    return metadata
+
+
+def _read_space(metadata: dict[str, Any], field: str, path: Path, build_env: bool) -> spaces.Space[Any]:
+    name = _name(metadata, path)
+    if field not in metadata and not build_env:
+        raise DatasetError(
+            f"{name}: its metadata has no {field}; only its environment knows. Building that runs code the dataset "
+            "names: if you trust it, pass build_env=True."
+        )
+    try:
+        if field in metadata:
+            space: spaces.Space[Any] = deserialize_space(metadata[field])
+        else:
+            space = getattr(MinariStorage.read(path), field)
+    except Exception as error:
+        raise DatasetError(f"{name}: its {field} cannot be read ({_reason(error)}). {_AGAIN}") from error
+    return space
+
+
+def open_source(dataset: DatasetLike, build_env: bool = False) -> Source:
+    """
+    Find a dataset and read its metadata.
+
+    :param dataset: a ``MinariDataset``, an id (local, else downloaded) or a path
+    :param build_env: allow building its environment if the metadata lacks its spaces
+    :return: the source
+    :raises DatasetError: if it is missing, damaged or of the wrong kind
+    :raises TypeError: if it is not a dataset
+    """
+    if isinstance(dataset, (gym.Env, VecEnv)):
+        raise TypeError("A dataset is expected here, not an environment. Pass the environment as env=.")
+    if not isinstance(dataset, (minari.MinariDataset, str, os.PathLike)):
+        raise TypeError(f"A dataset is a minari.MinariDataset, an id or a path, not {type(dataset).__name__}.")
+    path = _find_path(dataset) if isinstance(dataset, (str, os.PathLike)) else Path(dataset.storage.data_path)
+    metadata = _read_metadata(path)
+    observation_space, action_space = check_spaces(
+        _read_space(metadata, "observation_space", path, build_env),
+        _read_space(metadata, "action_space", path, build_env),
+        _name(metadata, path),
+    )
+    episodes = np.arange(metadata["total_episodes"])
+    if not isinstance(dataset, (str, os.PathLike)):
+        episodes = np.asarray(dataset.episode_indices, np.int64)
+    if len(episodes) == 0:
+        raise DatasetError(f"{_name(metadata, path)}: the dataset is empty.")
+    return Source(path, metadata, episodes, observation_space, action_space)
+
+
+def env_spec(metadata: dict[str, Any]) -> dict[str, Any] | None:
+    """
+    Read from a dataset's metadata how to build its environment for evaluation, without building it.
+
+    :param metadata: raw metadata
+    :return: the fields of the ``EnvSpec``, or None
+    """
+    text = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    spec: dict[str, Any] | None = json.loads(text) if text else None
+    return spec

@@ -1,0 +1,262 @@
+"""Write episodes as a Minari dataset, losslessly and all or nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import minari
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+from minari.data_collector.episode_buffer import EpisodeBuffer
+from minari.dataset.minari_dataset import DATASET_ID_RE
+from minari.dataset.minari_storage import MinariStorage
+from minari.namespace import create_namespace, list_local_namespaces
+from minari.storage.datasets_root_dir import get_dataset_path
+from numpy.typing import NDArray
+
+from sb3_ext.common.frames import unpack_frames
+from sb3_ext.data.envs import is_frame_space
+
+_OBSERVERS = ("sb3_ext.data.record:EpisodeRecorder", "stable_baselines3.common.monitor:Monitor")
+"""Wrappers that change nothing, so that the dataset's environment needs none of them."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """
+    One recorded episode of T steps.
+
+    :param observations: ``[T + 1, ...]``, compressed
+    :param actions: ``[T]`` or ``[T, ...]``
+    :param rewards: ``[T]``, as the environment gave them
+    :param terminated: whether the last step ended the task
+    :param seed: the seed the environment was reset with, if any
+    """
+
+    packed: tuple[bytes, tuple[int, ...], str]
+    actions: NDArray[Any]
+    rewards: NDArray[np.float64]
+    terminated: bool
+    seed: int | None
+
+    @property
+    def observations(self) -> NDArray[Any]:
+        """Decompress the observations, ``[T + 1, ...]``."""
+        return unpack_frames(*self.packed)
+
+    def to_minari(self, number: int) -> EpisodeBuffer:
+        """
+        Convert for Minari's storages.
+
+        :param number: episode number in the dataset
+        :return: the buffer, with the end marked as termination or truncation, never both
+        """
+        last = np.zeros(len(self.rewards), bool)
+        last[-1] = True
+        return EpisodeBuffer(
+            id=number,
+            seed=self.seed,
+            observations=self.observations,
+            actions=self.actions,
+            rewards=self.rewards,
+            terminations=last & self.terminated,
+            truncations=last & (not self.terminated),
+        )
+
+
+def return_statistics(returns: Sequence[float]) -> dict[str, float]:
+    """
+    Summarise what the behaviour that made the data achieved.
+
+    :param returns: undiscounted return of each episode
+    :return: mean, std, min, median, max and the number of episodes
+    """
+    r = np.asarray(returns, np.float64)
+    return {
+        "mean": float(r.mean()),
+        "std": float(r.std()),
+        "min": float(r.min()),
+        "median": float(np.median(r)),
+        "max": float(r.max()),
+        "episodes": len(r),
+    }
+
+
+def _plain_spec(env: gym.Env[Any, Any]) -> EnvSpec:
+    """Spec from which users can build the environment again, without what only observes it."""
+    spec = deepcopy(env.spec)
+    if spec is None:
+        raise ValueError("The environment has no spec; build it with gymnasium.make so that users can build it again.")
+    spec.kwargs.pop("render_mode", None)
+    if callable(spec.entry_point):
+        spec.entry_point = f"{spec.entry_point.__module__}:{getattr(spec.entry_point, '__qualname__', '')}"
+    wrappers = tuple(w for w in spec.additional_wrappers if w.entry_point not in _OBSERVERS)
+    spec.additional_wrappers = wrappers
+    for wrapper in wrappers:
+        if wrapper.kwargs is None:
+            warnings.warn(
+                f"Nobody can build this environment again from the dataset, because {wrapper.name} is no "
+                "gymnasium.utils.RecordConstructorArgs.",
+                stacklevel=3,
+            )
+    return spec
+
+
+def _check_id(dataset_id: str, overwrite: bool) -> tuple[str | None, Path]:
+    """Namespace and folder of a new dataset."""
+    match = DATASET_ID_RE.fullmatch(dataset_id)
+    if match is None or match["version"] is None:
+        raise ValueError(
+            f"{dataset_id!r} is no dataset id: call it 'namespace/name-v0', with a namespace of two or more characters."
+        )
+    folder = Path(get_dataset_path(dataset_id))
+    if folder.exists() and not overwrite:
+        raise ValueError(f"The dataset {dataset_id!r} exists; choose another version or pass overwrite=True.")
+    return match["namespace"], folder
+
+
+def _replace_folder(new: Path, final: Path) -> None:
+    """Move a finished folder to its place; an older one is removed only after that."""
+    old = new.with_name(new.name + ".old")
+    if final.exists():
+        os.replace(final, old)
+    try:
+        os.replace(new, final)
+    except BaseException:
+        if old.exists():
+            os.replace(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder, and those above it in Minari's root, as far as they are empty."""
+    root = Path(get_dataset_path())
+    while folder != root and root in folder.parents:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+        folder = folder.parent
+
+
+def _requirements(env: gym.Env[Any, Any]) -> list[str]:
+    """Pip requirements of the environment: the distribution of each package its classes come from."""
+    owners = importlib.metadata.packages_distributions()
+    modules = {"gymnasium"}
+    layer: gym.Env[Any, Any] = env
+    while True:
+        modules.add(type(layer).__module__.split(".")[0])
+        if not isinstance(layer, gym.Wrapper):
+            break
+        layer = layer.env
+    names = {name for module in modules for name in owners.get(module, [])}
+    return [f"{name}=={importlib.metadata.version(name)}" for name in sorted(names)]
+
+
+def write_dataset(
+    dataset_id: str,
+    episodes: Iterable[Episode],
+    env: gym.Env[Any, Any],
+    *,
+    algorithm_name: str,
+    description: str,
+    author: str = "The sb3_ext authors",
+    author_email: str = "none",
+    code_permalink: str = "none",
+    ref_min_score: float | None = None,
+    ref_max_score: float | None = None,
+    data_format: str | None = None,
+    metadata: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> minari.MinariDataset:
+    """
+    Write episodes as a local Minari dataset with every metadata field filled.
+
+    Images are stored without JPEG. The dataset appears under its id only when it is complete; until then it lies in a
+    hidden folder beside it, so that an interrupted call leaves nothing that could be mistaken for data.
+
+    :param dataset_id: ``namespace/name-v0``
+    :param episodes: the episodes, may be a generator
+    :param env: environment that users shall rebuild for evaluation; gives spaces, spec and requirements
+    :param algorithm_name: what chose the actions
+    :param description: what the data is and how it was made
+    :param author: who made it
+    :param author_email: how to reach them
+    :param code_permalink: where the code that made it is
+    :param ref_min_score: return of a random policy, for Minari's normalised score
+    :param ref_max_score: return of an expert
+    :param data_format: ``"hdf5"``, ``"arrow"`` or ``"parquet"``; default: Parquet for images (40 times smaller than
+        raw), HDF5 otherwise
+    :param metadata: further entries for the dataset's metadata
+    :param overwrite: replace a dataset of the same id
+    :return: the dataset
+    :raises ValueError: if the id is malformed, lacks a version, is taken, or there is no episode
+    """
+    namespace, final = _check_id(dataset_id, overwrite)
+    spec = _plain_spec(env)
+    observation_space = env.observation_space
+    if data_format is None:
+        data_format = "parquet" if is_frame_space(observation_space) else "hdf5"
+    partial = final.with_name(f".{final.name}-{uuid.uuid4().hex}")
+    partial.mkdir(parents=True)
+    try:
+        storage = MinariStorage.new(
+            partial / "data",
+            observation_space=observation_space,
+            action_space=env.action_space,
+            env_spec=spec,
+            data_format=data_format,
+            jpeg_encoding=False,
+        )
+        rewards: list[NDArray[np.float64]] = []
+
+        def numbered() -> Iterator[EpisodeBuffer]:
+            for number, episode in enumerate(episodes):
+                rewards.append(episode.rewards)
+                yield episode.to_minari(number)
+
+        storage.update_episodes(numbered())
+        if not rewards:
+            raise ValueError("No episode to write.")
+        storage.update_episode_metadata(
+            [{f"rewards_{k}": getattr(np, k)(r).item() for k in ("sum", "mean", "std", "min", "max")} for r in rewards],
+            range(len(rewards)),
+        )
+        returns = return_statistics([float(r.sum()) for r in rewards])
+        facts = {
+            "dataset_id": dataset_id,
+            "minari_version": minari.__version__,
+            "algorithm_name": algorithm_name,
+            "author": {author},
+            "author_email": {author_email},
+            "code_permalink": code_permalink,
+            "description": description,
+            "requirements": _requirements(env),
+            "eval_env_spec": spec.to_json(),
+            "behaviour_return": returns,
+            "python_version": platform.python_version(),
+            **(metadata or {}),
+        }
+        if ref_min_score is not None and ref_max_score is not None:
+            facts |= {"ref_min_score": ref_min_score, "ref_max_score": ref_max_score}
+        storage.update_metadata(facts)
+        if namespace is not None and namespace not in list_local_namespaces():
+            create_namespace(namespace)
+        _replace_folder(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        _remove_empty(partial.parent)
+        raise
+    return minari.load_dataset(dataset_id)

@@ -19,8 +19,9 @@ class BC(CQL):
     """
     Behaviour cloning for discrete actions: maximise the log-likelihood of the dataset's actions.
 
-    Its loss, ``logsumexp_a f(s, a) - f(s, a_data)``, is CQL's conservative term alone, so it is the limit of CQL for infinite
-    ``cql_alpha``: same networks (with one output per action), same data, no rewards. ``predict`` takes the likeliest action.
+    Its loss, ``logsumexp_a f(s, a) - f(s, a_data)``, is CQL's conservative term alone, so it is the limit of CQL for
+    infinite ``cql_alpha``: same networks (with one output per action), same data, no rewards. ``predict`` takes the
+    likeliest action.
 
     :param policy: as in :class:`CQL`
     :param dataset: as in :class:`CQL`

@@ -1,80 +1,286 @@
-"""What learning without an environment needs beside the loss."""
+"""Learning from a fixed dataset with SB3's face: what CQL and its baselines share."""
 
 from __future__ import annotations
 
+import io
+import pathlib
+import time
 import warnings
-from typing import Any
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, Self
 
-import gymnasium as gym
+import numpy as np
+import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import ProgressBarCallback
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.utils import configure_logger, polyak_update
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from sb3_ext.common.buffers import MixedReplayBuffer, OfflineReplayBuffer
+from sb3_ext.common.training import MetricMeans, train_weighted
+from sb3_ext.cql.support import OfflineEnv, OfflineProgressBar, check_policy, short_space, warn_on_overestimation
+from sb3_ext.data.minari import DatasetLike, load_minari
+from sb3_ext.dqn.dqn import QRDQN
 
 
-class OfflineEnv(gym.Env[Any, Any]):
+class OfflineQRDQN(QRDQN):
     """
-    Stand-in for the training environment, which offline learning does not have: spaces, but no dynamics.
+    QR-DQN whose timesteps are gradient steps on a dataset.
 
-    :param observation_space: the agent's
-    :param action_space: the agent's
+    Subclasses set the attributes below before ``_attach``, and define ``compute_loss``.
     """
 
-    def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
-        self.observation_space, self.action_space = observation_space, action_space
+    clip_rewards: bool
+    dataset_kwargs: dict[str, Any]
+    dataset_info: dict[str, Any]
+    torch_compile: bool
+    _metrics: MetricMeans
+    _offline: bool
+    _offline_buffer: ReplayBuffer
+    _policy_name: str | None
+    _sampler_state: dict[str, Any] | None
 
-    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    def _attach(self, dataset: DatasetLike | ReplayBuffer) -> None:
+        """Load and check the dataset; take the spaces from it, or compare them with the environment's."""
+        if isinstance(dataset, ReplayBuffer):
+            buffer = dataset
+            if buffer.size() == 0:
+                raise ValueError("The replay buffer is empty; fill it before passing it as the dataset.")
+            buffer.device = self.device
+            if isinstance(buffer, OfflineReplayBuffer):
+                buffer.n_steps, buffer.gamma = self.n_steps, self.gamma
+            elif self.n_steps > 1 and getattr(buffer, "n_steps", 1) != self.n_steps:
+                raise ValueError(
+                    "For n_steps > 1 pass a Minari dataset, or an NStepReplayBuffer with the same n_steps."
+                )
+        else:
+            buffer = load_minari(
+                dataset, n_steps=self.n_steps, gamma=self.gamma, device=self.device, **self.dataset_kwargs
+            )
+        if not isinstance(buffer.action_space, spaces.Discrete):
+            raise ValueError(f"{type(self).__name__} needs Discrete actions, the dataset has {buffer.action_space}.")
+        known = getattr(self, "observation_space", None)
+        if known is None:
+            self.observation_space, self.action_space, self.n_envs = buffer.observation_space, buffer.action_space, 1
+        else:
+            for what, ours, theirs in (
+                ("observation_space", buffer.observation_space, self.observation_space),
+                ("action_space", buffer.action_space, self.action_space),
+            ):
+                if ours != theirs:
+                    raise ValueError(
+                        f"The {what} of the dataset and of the model or environment differ: {short_space(ours)} and "
+                        f"{short_space(theirs)}. Build the environment with sb3_ext.make_eval_env(dataset), or set "
+                        "frame_stack in dataset_kwargs."
+                    )
+        if self._policy_name is not None:
+            check_policy(self._policy_name, buffer.observation_space, self.policy_kwargs)
+        self.dataset_info = dict(getattr(buffer, "info", {}))
+        self._offline_buffer = buffer
+        self.replay_buffer = buffer
+        self._bound = self._largest_return(buffer)
+
+    def _largest_return(self, buffer: ReplayBuffer) -> float:
+        """Largest discounted return in the data, in the units of the Q values."""
+        if not isinstance(buffer, OfflineReplayBuffer):
+            return float("nan")
+        rewards = np.clip(buffer.rewards, -1, 1) if self.clip_rewards else None
+        return float(buffer.discounted_returns(self.gamma, rewards).max())
+
+    def set_dataset(self, dataset: DatasetLike | ReplayBuffer) -> None:
         """
-        Refuse.
+        Give a loaded model its data back, or other data of the same spaces.
 
-        :raises RuntimeError: always
+        The sampler goes on where the saved model's stood, so that training continues bit for bit.
+
+        :param dataset: as in the constructor
+        :raises ValueError: if the spaces differ
         """
-        raise RuntimeError("Offline learning has no environment. Pass env= to the constructor or to learn_online().")
+        self._attach(dataset)
+        self._seed_sampler()
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    def _seed_sampler(self) -> None:
+        if isinstance(self.replay_buffer, OfflineReplayBuffer):
+            self.replay_buffer.seed(self.seed)
+            if self._sampler_state is not None:
+                self.replay_buffer.rng.bit_generator.state = self._sampler_state
+
+    def _setup_model(self) -> None:
+        # load() comes here without data; the smallest buffer keeps SB3 from allocating one for a million transitions
+        buffer, self.buffer_size, size = self.replay_buffer, 1, self.buffer_size
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The number of environments used is greater than the target")
+            super()._setup_model()
+        self.buffer_size, self.replay_buffer = size, buffer
+        self.replay_buffer_class, self.replay_buffer_kwargs = None, {}
+        self.policy = self.policy.to(memory_format=th.channels_last)
+        self._create_aliases()
+        self._online_forward, self._target_forward = self.quantile_net.forward, self.quantile_net_target.forward
+        if self.torch_compile:
+            self._online_forward = th.compile(self._online_forward)
+            self._target_forward = th.compile(self._target_forward)
+        self._seed_sampler()
+
+    def get_env(self) -> VecEnv | None:
         """
-        Refuse.
+        Return the environment; while learning offline without one, a stand-in with the right spaces that refuses to
+        step.
 
-        :raises RuntimeError: always
+        :return: the environment
         """
-        raise RuntimeError("Offline learning has no environment. Pass env= to the constructor or to learn_online().")
+        if self._offline or self.env is None:
+            return DummyVecEnv([lambda: OfflineEnv(self.observation_space, self.action_space)])
+        return self.env
 
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Set the environment for :meth:`learn_online`.
 
-class OfflineProgressBar(ProgressBarCallback):
-    """SB3's progress bar, with the latest losses and values in front of it."""
+        :param env: environment with the dataset's spaces
+        :param force_reset: as in SB3
+        """
+        self.n_envs = env.num_envs if isinstance(env, VecEnv) else 1
+        super().set_env(env, force_reset)
 
-    _SHOWN = (
-        ("td_loss", "td"),
-        ("conservative_gap", "gap"),
-        ("q_data", "Q data"),
-        ("q_best", "Q best"),
-        ("loss", "loss"),
-    )
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        """
+        Run gradient steps and update the target network every ``target_update_interval`` of them.
 
-    def _on_step(self) -> bool:
-        values = self.logger.name_to_value
-        shown = [f"{label} {values['train/' + key]:.3g}" for key, label in self._SHOWN if "train/" + key in values]
-        if shown:
-            self.pbar.set_description(", ".join(shown), refresh=False)
-        self.pbar.update(1)
-        return True
+        :param gradient_steps: number of steps
+        :param batch_size: samples per step
+        """
+        for _ in range(gradient_steps):
+            train_weighted(self, self.compute_loss, 1, batch_size, self._metrics)
+            if self._n_updates % self.target_update_interval == 0:
+                self._update_target()
 
+    def _update_target(self) -> None:
+        polyak_update(self.quantile_net.parameters(), self.quantile_net_target.parameters(), self.tau)
+        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
-def warn_on_overestimation(model: BaseAlgorithm, q_best: float, largest_return: float) -> bool:
-    """
-    Warn once per model when the values promise far more than any episode of the data ever gave.
+    def _on_step(self) -> None:
+        # QRDQN counts environment steps to update the target network; here train() counts gradient steps
+        self.exploration_rate = self.exploration_schedule(self._current_progress_remaining)
+        self.logger.record("rollout/exploration_rate", self.exploration_rate)
 
-    :param model: the model, to log and to remember that it was warned
-    :param q_best: mean over states of the best action's Q
-    :param largest_return: largest discounted return in the data
-    :return: whether the values are implausible: more than twice the largest return and more than 1 above it
-    """
-    too_high = q_best > largest_return + max(1.0, abs(largest_return))
-    model.logger.record("train/overestimation", float(too_high))
-    if too_high and not getattr(model, "_warned_of_overestimation", False):
-        model._warned_of_overestimation = True  # type: ignore[attr-defined]
-        warnings.warn(
-            f"Q of the best actions is {q_best:.3g} on average, but no episode of the data returned more than {largest_return:.3g} "
-            "(discounted): the values are overestimated, and the policy will likely fail. Raise cql_alpha.",
-            stacklevel=2,
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 1000,
+        tb_log_name: str = "CQL",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """
+        Learn offline. **One timestep is one gradient step.**
+
+        :param total_timesteps: gradient steps
+        :param callback: SB3 callbacks, called once per gradient step
+        :param log_interval: gradient steps between log lines; None for none
+        :param tb_log_name: name of the run for TensorBoard
+        :param reset_num_timesteps: False continues counting, after ``load`` for instance
+        :param progress_bar: show progress with losses and values
+        :return: self
+        :raises ValueError: if a loaded model was not given its dataset
+        :raises FloatingPointError: if the loss is not finite
+        """
+        if self.replay_buffer is None:
+            raise ValueError("There is no dataset: call set_dataset(dataset) after load().")
+        if isinstance(self.replay_buffer, MixedReplayBuffer):
+            self.replay_buffer = self._offline_buffer
+        self._offline = True
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-    return bool(too_high)
+        callback.on_training_start(locals(), globals())
+        self._log_coverage()
+        while self.num_timesteps < total_timesteps:
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            self.num_timesteps += 1
+            self.train(gradient_steps=1, batch_size=self.batch_size)
+            callback.update_locals(locals())
+            if not callback.on_step():
+                break
+            if log_interval and self.num_timesteps % log_interval == 0:
+                self.dump_logs()
+        callback.on_training_end()
+        return self
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        if not self._offline:
+            return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        # BaseAlgorithm._setup_learn without its reset of the environment
+        self.start_time = time.time_ns()
+        if self.ep_info_buffer is None or reset_num_timesteps:
+            self.ep_info_buffer = deque(maxlen=self._stats_window_size)
+            self.ep_success_buffer = deque(maxlen=self._stats_window_size)
+        if reset_num_timesteps:
+            self.num_timesteps, self._episode_num = 0, 0
+        self._total_timesteps = total_timesteps + self.num_timesteps
+        self._num_timesteps_at_start = self.num_timesteps
+        if not self._custom_logger:
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps)
+        with warnings.catch_warnings():
+            # EvalCallback compares its environment with the training environment, which does not exist
+            warnings.filterwarnings("ignore", message="Training and eval env are not of the same type")
+            return self._total_timesteps, self._init_callback(callback, progress_bar)
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        if not (progress_bar and self._offline):
+            return super()._init_callback(callback, progress_bar)
+        inner = super()._init_callback(callback, progress_bar=False)
+        both = CallbackList([inner, OfflineProgressBar()])
+        both.init_callback(self)
+        return both
+
+    def dump_logs(self) -> None:
+        """Write the means since the last call to the logger, and look whether the values are plausible."""
+        means = self._metrics.flush()
+        for key, value in means.items():
+            self.logger.record(f"train/{key}", value)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if np.isfinite(self._bound) and "q_best" in means:
+            self.logger.record("train/largest_data_return", self._bound)
+            warn_on_overestimation(self, means["q_best"], self._bound)
+        super().dump_logs()
+
+    def _log_coverage(self) -> None:
+        if isinstance(self.replay_buffer, OfflineReplayBuffer):
+            share = self.replay_buffer.action_counts() / self.replay_buffer.buffer_size
+            entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
+            self.logger.record("dataset/action_coverage", float(np.exp(entropy) / len(share)))
+            self.logger.record("dataset/rarest_action_share", float(share.min()))
+            self.logger.record("dataset/behaviour_return", float(self.replay_buffer.episode_returns().mean()))
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """See SB3; without the dataset, with the place of the sampler in it."""
+        buffer = getattr(self, "_offline_buffer", None)
+        if isinstance(buffer, OfflineReplayBuffer):
+            self._sampler_state = dict(buffer.rng.bit_generator.state)
+        super().save(path, exclude, include)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [
+            *super()._excluded_save_params(),
+            "_offline_buffer",
+            "_metrics",
+            "_online_forward",
+            "_target_forward",
+            "_offline",
+        ]

@@ -50,7 +50,8 @@ class WeightedMixin(OffPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Save as SB3 does, but never leave a half-written file under ``path``: an older good one stays until the new is complete.
+        Save as SB3 does, but never leave a half-written file under ``path``: an older good one stays until the new is
+        complete.
 
         :param path: file name (``.zip`` is added) or open file
         :param exclude: see SB3
@@ -68,7 +69,8 @@ class DQN(WeightedMixin, sb3.DQN):
     """
     Deep Q-Network (Mnih et al., 2015): SB3's ``DQN``, same constructor, bit-identical results under a uniform buffer.
 
-    Unlike SB3's, its loss stays per sample until importance weights are applied, and TD errors go back to a prioritized buffer.
+    Unlike SB3's, its loss stays per sample until importance weights are applied, and TD errors go back to a prioritized
+    buffer.
     """
 
     def compute_loss(self, batch: ReplayBufferSamples) -> LossOutput:
@@ -91,8 +93,9 @@ class QRDQN(WeightedMixin, sb3_contrib.QRDQN):
     """
     Quantile-regression DQN (Dabney et al., 2018): sb3-contrib's ``QRDQN``, same constructor.
 
-    Equal to it under a uniform buffer up to float rounding, because the quantile Huber loss is summed in sorted order on a CPU.
-    Importance weights and priorities work as in :class:`DQN`; the TD error is that of the mean over quantiles.
+    Equal to it under a uniform buffer up to float rounding, because the quantile Huber loss is summed in sorted order
+    on a CPU. Importance weights and priorities work as in :class:`DQN`; the TD error is that of the mean over
+    quantiles.
     """
 
     def compute_loss(self, batch: ReplayBufferSamples) -> LossOutput:

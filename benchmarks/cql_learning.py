@@ -1,0 +1,292 @@
+"""
+Learning curves of CQL, offline QR-DQN (``cql_alpha=0``) and behaviour cloning from the same data.
+
+    uv run --all-extras benchmarks/cql_learning.py --task cartpole --seeds 0 1 2
+    uv run --all-extras benchmarks/cql_learning.py --task minatar --seeds 0 1 2
+    uv run --all-extras benchmarks/cql_learning.py --task catch-random --seeds 0 1 2
+    uv run --all-extras benchmarks/cql_learning.py --task catch-narrow --seeds 0 1 2
+    uv run --all-extras benchmarks/cql_learning.py --task breakout --algos cql --seeds 0      # hours
+    uv run --all-extras benchmarks/cql_learning.py --table
+
+Each run is resumable: it saves itself at every evaluation and goes on from there when the command is given again. A
+finished run is one JSON file in ``results/learning`` with the whole curve (every evaluation episode), versions and
+hardware. The data of a task is the same for all algorithms and seeds; the seed sets networks, batches and evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import learning_envs
+import minari
+import numpy as np
+import stable_baselines3 as sb3
+import torch as th
+from learning_envs import MinAtarCNN
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_ext import BC, CQL, make_eval_env
+from sb3_ext.data import Episode, EpisodeRecorder, collect_episodes, write_dataset
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "learning"
+
+MINATAR_POLICY = {"features_extractor_class": MinAtarCNN, "net_arch": [], "n_quantiles": 50, "normalize_images": False}
+
+TASKS: dict[str, dict[str, Any]] = {
+    "cartpole": {
+        "dataset": "sb3ext/cartpole/ppo-learning-v0",
+        "policy": "MlpPolicy",
+        "steps": 20_000,
+        "eval_every": 2_000,
+        "eval_episodes": 50,
+        "common": {
+            "learning_rate": 1e-4,
+            "policy_kwargs": {"net_arch": [128, 128], "n_quantiles": 50},
+            "batch_size": 64,
+        },
+        "cql": {"target_update_interval": 500, "cql_alpha": 1.0},
+    },
+    "minatar": {
+        "dataset": "sb3ext/minatar-breakout/ppo-learning-v0",
+        "policy": "MlpPolicy",
+        "steps": 60_000,
+        "eval_every": 10_000,
+        "eval_episodes": 100,
+        "common": {"learning_rate": 3e-4, "policy_kwargs": MINATAR_POLICY, "batch_size": 64},
+        "cql": {"target_update_interval": 1000, "cql_alpha": 1.0},
+    },
+    "catch-random": {
+        "dataset": "sb3ext/catch/random-v0",
+        "policy": "CnnPolicy",
+        "steps": 8_000,
+        "eval_every": 1_000,
+        "eval_episodes": 200,
+        "common": {"learning_rate": 1e-4},
+        "cql": {"target_update_interval": 500, "cql_alpha": 4.0},
+    },
+    "catch-narrow": {
+        "dataset": "sb3ext/catch/narrow-v0",
+        "policy": "CnnPolicy",
+        "steps": 8_000,
+        "eval_every": 1_000,
+        "eval_episodes": 200,
+        "common": {"learning_rate": 1e-4},
+        "cql": {"target_update_interval": 500, "cql_alpha": 4.0},
+    },
+    "breakout": {
+        "dataset": "atari/breakout/ppo-learning-v0",
+        "policy": "CnnPolicy",
+        "steps": 150_000,
+        "eval_every": 10_000,
+        "eval_episodes": 20,
+        "common": {"learning_rate": 5e-5},
+        "cql": {"target_update_interval": 2000, "cql_alpha": 4.0, "clip_rewards": True},
+    },
+}
+ALGOS = ("cql", "qrdqn", "bc")
+
+
+def _ppo_log(env_id: str, steps: int, keep: float, seed: int, **ppo: Any) -> list[Episode]:
+    """Episodes of a PPO from its first step to its last."""
+    episodes: list[Episode] = []
+    env = DummyVecEnv(
+        [lambda n=n: EpisodeRecorder(gym.make(env_id), episodes, keep, seed=1000 * seed + n) for n in range(8)]
+    )
+    model = sb3.PPO(ppo.pop("policy", "MlpPolicy"), env, seed=seed, **ppo)
+    model.learn(steps)
+    for recorder in env.envs:
+        recorder.get_wrapper_attr("flush")()
+    return [e for e in episodes if len(e.rewards) > 1]
+
+
+def make_data(task: str) -> None:
+    """Make the dataset of a task if it is not here; Breakout's comes from datasets/breakout_learning.py."""
+    dataset_id = TASKS[task]["dataset"]
+    if dataset_id in minari.list_local_datasets():
+        return
+    how: dict[str, Any] = {"data_format": "hdf5"}
+    if task == "cartpole":
+        env = gym.make("CartPole-v1")
+        episodes = _ppo_log("CartPole-v1", 24_576, 1.0, seed=7, n_steps=256, batch_size=256, learning_rate=1e-3)
+        how["description"] = "All episodes of a PPO during its first 24,576 steps."
+    elif task == "minatar":
+        env = gym.make("MinAtarBreakout-v0")
+        policy_kwargs = {k: MINATAR_POLICY[k] for k in ("features_extractor_class", "net_arch", "normalize_images")}
+        episodes = _ppo_log(
+            "MinAtarBreakout-v0", 1_000_000, 0.25, seed=7, n_steps=128, batch_size=256, n_epochs=4, learning_rate=1e-3,
+            ent_coef=0.01, gamma=0.99, policy_kwargs=policy_kwargs,
+        )  # fmt: skip
+        how["description"] = "A quarter of the episodes of a PPO during its first 1,000,000 steps, in order."
+    elif task.startswith("catch"):
+        env = gym.make("Catch-v0")
+        rng = np.random.default_rng(7)
+        share = 1.0 if task == "catch-random" else 0.1
+
+        def play(observation: np.ndarray) -> int:
+            if rng.random() < share:
+                return int(rng.integers(3))
+            return 1 + int(np.sign(env.unwrapped.ball - env.unwrapped.paddle))
+
+        episodes = collect_episodes(play, env, n_episodes=3000, seed=7)
+        how["description"] = f"3000 episodes of a perfect player that moves at random {share:.0%} of the time."
+    else:
+        sys.exit("Run first: uv run datasets/breakout_learning.py")
+    name = "scripted" if task.startswith("catch") else "PPO"
+    write_dataset(dataset_id, episodes, env, algorithm_name=name, **how)
+
+
+class LastValues(KVWriter):
+    """Logger output that remembers what was written last."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
+        """Remember."""
+        self.values = {k: round(float(v), 4) for k, v in key_values.items() if k.startswith("train/")}
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Curve(BaseCallback):
+    """Evaluate, keep every episode's return, save model and curve so that the run can go on later."""
+
+    def __init__(self, env: Any, every: int, episodes: int, state: Path, curve: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.env, self.every, self.episodes, self.state, self.curve = env, every, episodes, state, curve
+        self.last = LastValues()
+        self._started = time.process_time()
+
+    def _init_callback(self) -> None:
+        self.model.set_logger(Logger(None, [self.last]))
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps % self.every:
+            return True
+        cpu = time.process_time() - self._started
+        self.env.seed(10_000 + self.num_timesteps)
+        returns, _ = evaluate_policy(
+            self.model, self.env, self.episodes, deterministic=True, return_episode_rewards=True
+        )
+        self.curve.append(
+            {"step": self.num_timesteps, "returns": returns, "cpu_seconds": round(cpu, 1), **self.last.values}
+        )
+        print(f"{self.state.name} {self.num_timesteps}: {np.mean(returns):.2f}", flush=True)
+        self.model.save(self.state / "model")
+        (self.state / "curve.json").write_text(json.dumps(self.curve))
+        self._started = time.process_time()
+        return True
+
+
+def run(task: str, algo: str, seed: int, work: Path, steps: int | None, overrides: dict[str, Any]) -> Path:
+    """Train one algorithm on one seed, or go on with it; write its result."""
+    settings = TASKS[task]
+    name = f"{task}_{algo}_seed{seed}"
+    result = RESULTS / f"{name}.json"
+    if result.exists() and not overrides:
+        return result
+    state = work / name
+    state.mkdir(parents=True, exist_ok=True)
+    dataset, total = settings["dataset"], steps or settings["steps"]
+    kwargs = {**settings["common"], **({} if algo == "bc" else settings["cql"]), **overrides}
+    if algo == "qrdqn":
+        kwargs["cql_alpha"] = 0.0
+    curve: list[dict[str, Any]] = []
+    kind = BC if algo == "bc" else CQL
+    if (state / "model.zip").exists():
+        model = kind.load(state / "model", device="cpu")
+        model.set_dataset(dataset)
+        curve = json.loads((state / "curve.json").read_text())
+    else:
+        model = kind(settings["policy"], dataset, seed=seed, device="auto", **kwargs)
+    env = make_eval_env(dataset, n_envs=10, seed=seed)
+    callback = Curve(env, settings["eval_every"], settings["eval_episodes"], state, curve)
+    left = total - model.num_timesteps
+    if left > 0:
+        model.learn(left, callback=callback, reset_num_timesteps=False, log_interval=settings["eval_every"] // 2)
+    shown = {k: v for k, v in kwargs.items() if k != "policy_kwargs"}
+    shown["policy_kwargs"] = json.loads(json.dumps(kwargs.get("policy_kwargs", {}), default=lambda c: c.__name__))
+    if overrides:
+        return state
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "task": task, "algo": algo, "seed": seed, "settings": shown, "dataset": model.dataset_info, "curve": curve,
+        "command": f"uv run --all-extras benchmarks/cql_learning.py --task {task} --algos {algo} --seeds {seed}",
+        "versions": {"torch": th.__version__, "stable_baselines3": sb3.__version__, "minari": minari.__version__,
+                     "python": platform.python_version()},
+        "hardware": {"cpu": _cpu(), "threads": th.get_num_threads(), "device": str(model.device)},
+    }  # fmt: skip
+    result.write_text(json.dumps(facts))
+    return result
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def table() -> None:
+    """Print the mean over seeds of the last evaluation, and of the best one."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    print(
+        "| task | behaviour | algorithm | seeds | steps | last, mean over seeds | each seed | best evaluation, mean |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for task in TASKS:
+        for algo in ALGOS:
+            group = [r for r in runs if r["task"] == task and r["algo"] == algo]
+            if not group:
+                continue
+            last = [float(np.mean(r["curve"][-1]["returns"])) for r in group]
+            best = [max(float(np.mean(p["returns"])) for p in r["curve"]) for r in group]
+            behaviour = group[0]["dataset"]["behaviour_return"]["mean"]
+            each = ", ".join(f"{x:.2f}" for x in last)
+            print(
+                f"| {task} | {behaviour:.2f} | {algo} | {len(group)} | {group[0]['curve'][-1]['step']} | "
+                f"**{np.mean(last):.2f}** | {each} | {np.mean(best):.2f} |"
+            )
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS)
+    parser.add_argument("--algos", nargs="+", choices=ALGOS, default=list(ALGOS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="stop earlier or later than the task says")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("logs/learning"), help="where unfinished runs are kept")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=JSON", help="trial runs: override settings, no result"
+    )
+    parser.add_argument("--table", action="store_true", help="only print the table of all results")
+    args = parser.parse_args()
+    if args.table:
+        table()
+        return
+    if args.task is None:
+        parser.error("--task is needed")
+    th.set_num_threads(args.threads)
+    make_data(args.task)
+    overrides = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
+    for seed in args.seeds:
+        for algo in args.algos:
+            run(args.task, algo, seed, args.work, args.steps, overrides)
+
+
+if __name__ == "__main__":
+    assert learning_envs
+    main()

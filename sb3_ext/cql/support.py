@@ -1,0 +1,152 @@
+"""Small parts of offline learning: the missing environment, the progress bar, warnings and argument checks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import gymnasium as gym
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import ProgressBarCallback
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import VecEnv
+
+
+class OfflineEnv(gym.Env[Any, Any]):
+    """
+    Stand-in for the training environment, which offline learning does not have: spaces, but no dynamics.
+
+    :param observation_space: the agent's
+    :param action_space: the agent's
+    """
+
+    def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """
+        Refuse.
+
+        :raises RuntimeError: always
+        """
+        raise RuntimeError("Offline learning has no environment. Pass env= to the constructor or to learn_online().")
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """
+        Refuse.
+
+        :raises RuntimeError: always
+        """
+        raise RuntimeError("Offline learning has no environment. Pass env= to the constructor or to learn_online().")
+
+
+class OfflineProgressBar(ProgressBarCallback):
+    """SB3's progress bar, with the latest losses and values in front of it."""
+
+    _SHOWN = (
+        ("td_loss", "td"),
+        ("conservative_gap", "gap"),
+        ("q_data", "Q data"),
+        ("q_best", "Q best"),
+        ("loss", "loss"),
+    )
+
+    def _on_step(self) -> bool:
+        values = self.logger.name_to_value
+        shown = [f"{label} {values['train/' + key]:.3g}" for key, label in self._SHOWN if "train/" + key in values]
+        if shown:
+            self.pbar.set_description(", ".join(shown), refresh=False)
+        self.pbar.update(1)
+        return True
+
+
+def warn_on_overestimation(model: BaseAlgorithm, q_best: float, largest_return: float) -> bool:
+    """
+    Warn once per model when the values promise far more than any episode of the data ever gave.
+
+    :param model: the model, to log and to remember that it was warned
+    :param q_best: mean over states of the best action's Q
+    :param largest_return: largest discounted return in the data
+    :return: whether the values are implausible: more than twice the largest return and more than 1 above it
+    """
+    too_high = q_best > largest_return + max(1.0, abs(largest_return))
+    model.logger.record("train/overestimation", float(too_high))
+    if too_high and not getattr(model, "_warned_of_overestimation", False):
+        model._warned_of_overestimation = True  # type: ignore[attr-defined]
+        warnings.warn(
+            f"Q of the best actions is {q_best:.3g} on average, but no episode of the data returned more than "
+            f"{largest_return:.3g} (discounted): the values are overestimated, and the policy will likely fail. Raise "
+            "cql_alpha.",
+            stacklevel=2,
+        )
+    return bool(too_high)
+
+
+def check_arguments(
+    policy: Any, env: Any, cql_alpha: float, batch_size: int, target_update_interval: int, n_steps: int
+) -> None:
+    """
+    Check what can be checked before any data is read.
+
+    :param policy: name or class
+    :param env: environment, its id, or None
+    :param cql_alpha: not negative
+    :param batch_size: at least 1
+    :param target_update_interval: at least 1
+    :param n_steps: at least 1
+    :raises TypeError: if ``env`` is no environment
+    :raises ValueError: if a value is out of range or the policy does not exist here
+    """
+    if isinstance(policy, str) and policy == "MultiInputPolicy":
+        raise ValueError(
+            "MultiInputPolicy is for Dict observations, which offline datasets here do not have; use MlpPolicy or "
+            "CnnPolicy."
+        )
+    if env is not None and not isinstance(env, (gym.Env, VecEnv, str)):
+        raise TypeError(
+            f"env must be an environment or its id, not {type(env).__name__}; the dataset is the argument before it."
+        )
+    if isinstance(env, str) and env not in gym.registry and ":" not in env and not env.startswith("ALE/"):
+        raise ValueError(f"{env!r} is no registered environment; if it is a dataset, pass it as dataset=.")
+    if not cql_alpha >= 0:
+        raise ValueError(f"cql_alpha must not be negative, got {cql_alpha}.")
+    for name, value in (
+        ("batch_size", batch_size),
+        ("target_update_interval", target_update_interval),
+        ("n_steps", n_steps),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_policy(policy: str, space: spaces.Space[Any], policy_kwargs: dict[str, Any]) -> None:
+    """
+    Compare the policy's name with the observations; a features extractor of the user's own is not questioned.
+
+    :param policy: ``"MlpPolicy"`` or ``"CnnPolicy"``
+    :param space: observation space
+    :param policy_kwargs: of the model
+    :raises ValueError: if they do not fit
+    """
+    image = is_image_space(space)
+    own_extractor = policy_kwargs.get("features_extractor_class", FlattenExtractor) is not FlattenExtractor
+    if own_extractor:
+        return
+    if policy == "CnnPolicy" and not image:
+        raise ValueError(f"CnnPolicy needs uint8 images, the dataset has {short_space(space)}. Use 'MlpPolicy'.")
+    if policy == "MlpPolicy" and image:
+        raise ValueError(f"MlpPolicy needs vectors, the dataset has images ({short_space(space)}). Use 'CnnPolicy'.")
+
+
+def short_space(space: spaces.Space[Any] | None) -> str:
+    """
+    Name a space without printing its bounds element by element.
+
+    :param space: any space
+    :return: short text
+    """
+    if isinstance(space, spaces.Box):
+        return f"Box({space.low.min()}, {space.high.max()}, {space.shape}, {space.dtype})"
+    return str(space)

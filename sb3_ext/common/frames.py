@@ -107,16 +107,23 @@ class BlockFrames:
         order = np.argsort(inverse, kind="stable")
         bounds = np.searchsorted(inverse[order], np.arange(len(blocks) + 1))
         for k, block in enumerate(blocks):
-            try:
-                raw = self._decoder.decompress(self.data[self.offsets[block] : self.offsets[block + 1]].tobytes())
-            except zstandard.ZstdError as error:
-                raise OSError(
-                    f"Frames from {block * BLOCK} on are damaged ({error}). Delete the cached copy."
-                ) from error
-            frames = np.frombuffer(raw, self.dtype).reshape(-1, *self.shape)
             where = order[bounds[k] : bounds[k + 1]]
-            out[where] = frames[flat[where] % BLOCK]
+            out[where] = self._block(int(block))[flat[where] % BLOCK]
         return out.reshape(*rows.shape, *self.shape)
+
+    def _block(self, number: int) -> NDArray[Any]:
+        data = self.data[self.offsets[number] : self.offsets[number + 1]].tobytes()
+        count = min(BLOCK, self.length - number * BLOCK)
+        try:
+            # before decoding, because a damaged header may ask for any amount of memory
+            if zstandard.frame_content_size(data) != count * int(np.prod(self.shape)) * self.dtype.itemsize:
+                raise zstandard.ZstdError("wrong size")
+            raw = self._decoder.decompress(data)
+        except zstandard.ZstdError as error:
+            raise OSError(
+                f"The frames from number {number * BLOCK} on are damaged ({error}). Delete the cached copy."
+            ) from error
+        return np.frombuffer(raw, self.dtype).reshape(count, *self.shape)
 
 
 class BlockWriter:

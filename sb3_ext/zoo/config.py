@@ -1,0 +1,301 @@
+"""Algorithms from entry points; their hyper-parameters from plain YAML: stored constructor arguments, checked first."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import yaml
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_ext.data import load_minari
+
+GROUP = "sb3_ext.algos"
+FLAGS = {
+    "dataset": "--dataset",
+    "device": "--device",
+    "env": "--env",
+    "seed": "--seed",
+    "tensorboard_log": "--tensorboard-log",
+    "verbose": "--verbose",
+}
+"""Constructor arguments that the command line sets, so YAML must not."""
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
+class ZooError(Exception):
+    """The user asked for something that cannot be done; the message is one line and says what to do."""
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """
+    Suggest close matches, or list what there is.
+
+    :param word: what was given
+    :param known: what would have been right
+    :return: a sentence for the end of an error message
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names) or 'none'}."
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """
+    Report what goes wrong while a run is set up as the user's mistake, without a traceback.
+
+    :raises ZooError: instead of the usual exceptions
+    """
+    try:
+        yield
+    except (
+        AssertionError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        gym.error.Error,
+    ) as error:
+        raise ZooError(str(error) or type(error).__name__) from error
+
+
+@dataclass(frozen=True)
+class Algo:
+    """
+    An algorithm of the entry-point group ``sb3_ext.algos``.
+
+    :param name: its name on the command line
+    :param cls: the class
+    """
+
+    name: str
+    cls: type[BaseAlgorithm]
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """Constructor parameters by name."""
+        return dict(inspect.signature(self.cls).parameters)
+
+    @property
+    def offline(self) -> bool:
+        """Whether it learns from a dataset."""
+        return "dataset" in self.parameters
+
+    @property
+    def keys(self) -> set[str]:
+        """Keys that its YAML entries may have: constructor arguments and a few that the command line itself uses."""
+        zoo = {"n_timesteps", "frame_stack"} | (set() if self.offline else {"n_envs"})
+        return {k for k in self.parameters if not k.startswith("_")} - set(FLAGS) | zoo
+
+
+@dataclass(frozen=True)
+class Config:
+    """
+    The settings of one run.
+
+    :param settings: as in the YAML entry, overrides applied
+    :param source: file and entry they come from
+    :param n_timesteps: length of the run
+    :param n_envs: copies of the training environment
+    :param frame_stack: frames per observation; None lets the data decide
+    :param arguments: constructor arguments, schedules built
+    """
+
+    settings: dict[str, Any]
+    source: str
+    n_timesteps: int
+    n_envs: int
+    frame_stack: int | None
+    arguments: dict[str, Any]
+
+
+def known_algos() -> dict[str, EntryPoint]:
+    """
+    Find the algorithms that are installed.
+
+    :return: entry points of the group ``sb3_ext.algos`` by name
+    """
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def load_algo(name: str) -> Algo:
+    """
+    Import an algorithm.
+
+    :param name: its name on the command line
+    :return: the algorithm
+    :raises ZooError: if there is none of that name, or it cannot be imported
+    """
+    known = known_algos()
+    if name not in known:
+        raise ZooError(f"Unknown algorithm {name!r}; known: {', '.join(sorted(known))}.")
+    try:
+        return Algo(name, known[name].load())
+    except ImportError as error:
+        raise ZooError(f"The algorithm {name!r} cannot be imported: {error}") from error
+
+
+def plain(value: Any) -> Any:
+    """
+    Read numbers like ``5e-5``, which YAML 1.1 takes for text because there is no dot.
+
+    :param value: what ``yaml.safe_load`` gave
+    :return: the same with such texts as floats, at any depth
+    """
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
+def _safe_load(text: str, where: str) -> Any:
+    try:
+        return plain(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ZooError(f"{where} is not plain YAML: {' '.join(str(error).split())}") from error
+
+
+def parse_overrides(algo: Algo, words: Sequence[str] | None) -> dict[str, Any]:
+    """
+    Read ``key:value`` words; the value is plain YAML.
+
+    :param algo: the algorithm
+    :param words: from the command line
+    :return: the settings
+    :raises ZooError: if a word has no colon, its value is not plain YAML, or the algorithm does not know the key
+    """
+    overrides: dict[str, Any] = {}
+    for word in words or ():
+        key, colon, value = word.partition(":")
+        if not colon:
+            raise ZooError(f"--hyperparams takes key:value, got {word!r}.")
+        overrides[key.strip()] = _safe_load(value, f"--hyperparams {key}")
+    check_keys(algo, overrides, "--hyperparams")
+    return overrides
+
+
+def read_entries(algo: Algo, conf_file: str | None) -> tuple[str, dict[str, dict[str, Any]]]:
+    """
+    Read and check a file of hyper-parameters.
+
+    :param algo: the algorithm
+    :param conf_file: the user's file; None for the one that comes with the package
+    :return: name of the file, and its entries
+    :raises ZooError: if it is missing, not plain YAML, or has a key that the algorithm does not know
+    """
+    path = Path(conf_file) if conf_file else Path(str(files(__package__) / "hyperparams" / f"{algo.name}.yml"))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        if conf_file:
+            raise ZooError(f"The file {conf_file} cannot be read ({error.strerror}).") from error
+        raise ZooError(
+            f"There are no stored hyper-parameters for {algo.name}; pass a file with --conf-file."
+        ) from error
+    name = conf_file or path.name
+    entries = _safe_load(text, name)
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ZooError(f"{name} must map names of datasets or environments, 'atari' or 'default', to settings.")
+    for entry, settings in entries.items():
+        check_keys(algo, settings, f"{name}, entry {entry!r}")
+    return name, {str(entry): settings for entry, settings in entries.items()}
+
+
+def check_keys(algo: Algo, settings: dict[str, Any], where: str) -> None:
+    """
+    Refuse what is no constructor argument.
+
+    :param algo: the algorithm
+    :param settings: the settings
+    :param where: file and entry, for the message
+    :raises ZooError: naming the key, the place and the closest match
+    """
+    for key in settings:
+        if key in FLAGS:
+            raise ZooError(f"{where}: {key!r} is not set there; use the flag {FLAGS[key]}.")
+        if key not in algo.keys:
+            raise ZooError(f"{where}: {algo.name} has no setting {key!r}; {hint(str(key), algo.keys)}")
+    known = set(inspect.signature(load_minari).parameters) - {"dataset", "n_steps", "gamma", "device"}
+    for key in settings.get("dataset_kwargs") or {}:
+        if key not in known:
+            raise ZooError(f"{where}: dataset_kwargs has no setting {key!r}; {hint(str(key), known)}")
+
+
+def resolve(
+    algo: Algo,
+    file: str,
+    entries: dict[str, dict[str, Any]],
+    names: Sequence[str],
+    overrides: dict[str, Any],
+    n_timesteps: int = -1,
+    auto_policy: str | None = None,
+) -> Config:
+    """
+    Choose the entry and apply the overrides.
+
+    :param algo: the algorithm
+    :param file: name of the file of the entries
+    :param entries: see :func:`read_entries`
+    :param names: entries to look for, the most specific first; ``default`` is always the last
+    :param overrides: settings that win over the entry's
+    :param n_timesteps: likewise for the length, if it is positive
+    :param auto_policy: what ``policy: auto`` means, if that is known yet
+    :return: the configuration
+    :raises ZooError: if no entry fits or a value cannot be used
+    """
+    names = [*names, "default"]
+    entry = next((name for name in names if name in entries), None)
+    if entry is None:
+        raise ZooError(f"{file} has none of the entries {', '.join(map(repr, names))}; add one.")
+    source = f"{file}: {entry}"
+    settings = {"policy": "auto", **entries[entry], **overrides}
+    if n_timesteps > 0:
+        settings["n_timesteps"] = n_timesteps
+    if settings["policy"] == "auto" and auto_policy:
+        settings["policy"] = auto_policy
+    for key in ("n_timesteps", "n_envs", "frame_stack"):
+        if settings.get(key) is not None:
+            settings[key] = _positive(settings[key], key, source)
+    if "n_timesteps" not in settings:
+        raise ZooError(f"{source} does not say how long to train; add n_timesteps or pass -n.")
+    parameters = algo.parameters
+    arguments = {k: _argument(k, v, parameters[k], source) for k, v in settings.items() if k in parameters}
+    if algo.offline and settings.get("frame_stack"):
+        arguments["dataset_kwargs"] = {
+            **(arguments.get("dataset_kwargs") or {}),
+            "frame_stack": settings["frame_stack"],
+        }
+    stack = (arguments.get("dataset_kwargs") or {}).get("frame_stack") or settings.get("frame_stack")
+    return Config(settings, source, settings["n_timesteps"], settings.get("n_envs", 1), stack, arguments)
+
+
+def _positive(value: Any, key: str, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
+        raise ZooError(f"{where}: {key} must be a positive whole number, got {value!r}.")
+    return int(value)
+
+
+def _argument(key: str, value: Any, parameter: inspect.Parameter, where: str) -> Any:
+    """Turn ``lin_x`` into a schedule and ``1e5`` into an integer where the default is one."""
+    if isinstance(value, str) and value.startswith("lin_"):
+        try:
+            return LinearSchedule(float(value[4:]), 0.0, 1.0)
+        except ValueError as error:
+            raise ZooError(f"{where}: {key} must look like lin_0.001, got {value!r}.") from error
+    whole = isinstance(parameter.default, int) and not isinstance(parameter.default, bool)
+    return int(value) if whole and isinstance(value, float) and value.is_integer() else value

@@ -1,0 +1,194 @@
+"""``sb3x enjoy``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecEnv
+from tqdm import tqdm
+
+from sb3_ext.zoo.config import Algo, ZooError, load_algo, one_line_errors
+from sb3_ext.zoo.runs import Run, find_run, list_runs, slug
+from sb3_ext.zoo.tasks import Task, check_env_id, find_task, is_atari, make_dataset_envs, make_envs
+from sb3_ext.zoo.train import check_spaces
+
+_INSTALL = 'pip install "sb3-ext[report]"'
+
+
+def enjoy(args: argparse.Namespace, words: list[str]) -> None:
+    """
+    Play with a trained agent.
+
+    :param args: the command line's flags
+    :param words: the command line
+    :raises ZooError: if something is wrong that the user can put right
+    """
+    algo = load_algo(args.algo)
+    if args.video:
+        _check_video(args)
+    with one_line_errors():
+        task = _find_task(args, algo)
+        run = find_run(args.folder, algo.name, slug(task.name), args.exp_id)
+        path = _choose_model(args, run)
+        set_random_seed(args.seed)
+        if args.num_threads > 0:
+            th.set_num_threads(args.num_threads)
+        # nothing is learned, so the smallest buffer will do
+        kwargs: dict[str, Any] = {} if algo.offline else {"buffer_size": 1}
+        model = algo.cls.load(path, device=args.device, **kwargs)
+        if args.verbose > 0:
+            print(f"Loading {path} ({model.num_timesteps} steps)")
+        frame_stack = _frame_stack(run)
+
+    def make(render_mode: str | None) -> VecEnv:
+        common: dict[str, Any] = {"n_envs": args.n_envs, "seed": args.seed, "frame_stack": frame_stack}
+        with one_line_errors():
+            if task.env:
+                env = make_envs(task.env, like=model.observation_space, render_mode=render_mode, **common)
+            else:
+                env = make_dataset_envs(task, render_mode=render_mode, **common)
+        check_spaces(model, env)
+        return env
+
+    env, observation = _open(args, make)
+    deterministic = args.deterministic or not (args.stochastic or task.atari)
+    try:
+        with _video(args.video, env) as on_frame:
+            returns, lengths = _play(args, model, env, observation, deterministic, on_frame)
+    finally:
+        env.close()
+    if args.verbose > 0:
+        if args.video:
+            print(f"Video: {args.video}")
+        if returns:
+            print(f"{len(returns)} Episodes")
+            print(f"Mean reward: {np.mean(returns):.2f} +/- {np.std(returns):.2f}")
+            print(f"Mean episode length: {np.mean(lengths):.2f} +/- {np.std(lengths):.2f}")
+        else:
+            print(f"No episode ended within {args.n_timesteps} steps; play more with -n.")
+
+
+def _find_task(args: argparse.Namespace, algo: Algo) -> Task:
+    """Like :func:`find_task`, but an offline agent may also be found by the environment of its dataset."""
+    if not algo.offline or args.dataset or not args.env:
+        return find_task(args, algo, download=False)
+    check_env_id(args.env)
+    fitting = {run.name for run in list_runs(args.folder, algo.name) if run.read("args").get("env") == args.env}
+    if len(fitting) > 1:
+        raise ZooError(
+            f"There are runs of several datasets of {args.env}: {', '.join(sorted(fitting))}; pass --dataset."
+        )
+    name = fitting.pop() if fitting else args.env
+    return Task(name, None, args.env, args.env, is_atari(args.env))
+
+
+def _choose_model(args: argparse.Namespace, run: Run) -> Path:
+    there = run.checkpoints()
+    if args.load_best:
+        path = run.best
+    elif args.load_checkpoint is not None:
+        path = run.path / f"rl_model_{args.load_checkpoint}_steps.zip"
+    elif args.load_last_checkpoint:
+        if not there:
+            raise ZooError(f"There is no checkpoint in {run.path}.")
+        path = there[max(there)]
+    else:
+        path = run.final
+    if not path.is_file():
+        steps = ", ".join(map(str, there)) or "none"
+        raise ZooError(f"There is no model {path.name} in {run.path}; checkpoints there: {steps}.")
+    return path
+
+
+def _frame_stack(run: Run) -> int | None:
+    settings = run.read("config")
+    return (settings.get("dataset_kwargs") or {}).get("frame_stack") or settings.get("frame_stack")
+
+
+def _open(args: argparse.Namespace, make: Callable[[str | None], VecEnv]) -> tuple[VecEnv, Any]:
+    """Build the environment and reset it, with a window if one is asked for and can be opened."""
+    reason = ""
+    if args.render:
+        if sys.platform != "linux" or any(v in os.environ for v in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")):
+            env = make("human")
+            try:
+                return env, env.reset()
+            except Exception as error:  # whatever the environment's graphics library raises
+                env.close()
+                reason = " ".join(str(error).split())
+        print(f"No window can be opened ({reason or 'there is no display'}); going on without. --video FILE.gif works.")
+    env = make("rgb_array" if args.video else None)
+    return env, env.reset()
+
+
+def _play(
+    args: argparse.Namespace,
+    model: BaseAlgorithm,
+    env: VecEnv,
+    observation: Any,
+    deterministic: bool,
+    on_frame: Callable[[], None],
+) -> tuple[list[float], list[int]]:
+    """Returns (before any clipping) and lengths of the episodes that end."""
+    returns: list[float] = []
+    lengths: list[int] = []
+    state = None
+    starts = np.ones(env.num_envs, bool)
+    on_frame()
+    try:
+        for _ in tqdm(range(args.n_timesteps), disable=not args.progress):
+            action, state = model.predict(observation, state, starts, deterministic)
+            observation, _, starts, infos = env.step(action)
+            on_frame()
+            for episode in (info["episode"] for info in infos if "episode" in info):
+                returns.append(float(episode["r"]))
+                lengths.append(int(episode["l"]))
+                if args.verbose > 0:
+                    print(f"Episode Reward: {episode['r']:.2f}\nEpisode Length {episode['l']}")
+    except KeyboardInterrupt:
+        pass
+    return returns, lengths
+
+
+def _check_video(args: argparse.Namespace) -> None:
+    needs = {".gif": ["imageio"], ".mp4": ["imageio", "imageio_ffmpeg"]}.get(Path(args.video).suffix.lower())
+    if needs is None:
+        raise ZooError(f"--video: the file must end in .gif or .mp4, got {args.video}.")
+    missing = [name for name in needs if find_spec(name) is None]
+    if missing:
+        raise ZooError(f"--video needs {' and '.join(missing)}: {_INSTALL}")
+
+
+@contextmanager
+def _video(file: str | None, env: VecEnv) -> Iterator[Callable[[], None]]:
+    """Give a function that adds a picture of the first environment to the file, or does nothing."""
+    if not file:
+        yield lambda: None
+        return
+    import imageio.v2
+
+    fps = int(env.get_attr("metadata")[0].get("render_fps", 30))
+    gif = Path(file).suffix.lower() == ".gif"
+    options: dict[str, Any] = {"duration": 1000 / fps, "loop": 0} if gif else {"fps": fps, "macro_block_size": 2}
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    writer: Any
+    with imageio.v2.get_writer(file, mode="I", **options) as writer:
+
+        def on_frame() -> None:
+            image = env.get_images()[0]
+            if image is None:
+                raise ZooError("The environment cannot be drawn (it gives no rgb_array).")
+            writer.append_data(image)
+
+        yield on_frame

@@ -1,0 +1,124 @@
+"""The command line ``sb3x``: rl_zoo3's flags and log folders for the algorithms of sb3_ext."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from sb3_ext import __version__
+from sb3_ext.zoo.config import ZooError
+from sb3_ext.zoo.enjoy import enjoy
+from sb3_ext.zoo.train import train
+
+
+def _steps(text: str) -> int:
+    """Read ``1000000`` or ``1e6``."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        if not value.is_integer():
+            raise
+        return int(value)
+
+
+def _add_common(parser: argparse.ArgumentParser, folder: tuple[str, ...]) -> None:
+    parser.add_argument(
+        "--algo", required=True, help="algorithm: bc, cql, dqn, qrdqn, or another one that is installed"
+    )
+    parser.add_argument("--env", help="environment id, for instance CartPole-v1")
+    parser.add_argument("--dataset", help="id or path of a Minari dataset")
+    parser.add_argument(*folder, default="logs", help="log folder (default: logs)")
+    parser.add_argument("--device", default="auto", help="PyTorch device: cpu, cuda, auto (default)")
+    parser.add_argument(
+        "--num-threads", type=int, default=-1, help="threads for PyTorch (default -1: PyTorch's choice)"
+    )
+    parser.add_argument("-P", "--progress", action="store_true", help="show a progress bar")
+    parser.add_argument("--verbose", type=int, default=1, help="0: quiet, 1: messages (default), 2: tracebacks too")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_common(parser, ("-f", "--log-folder"))
+    add("-n", "--n-timesteps", type=_steps, default=-1, help="steps; gradient steps if learning from a dataset")
+    add("-tb", "--tensorboard-log", default="", metavar="DIR", help="TensorBoard folder")
+    add("--seed", type=int, default=-1, help="seed (default: random)")
+    add("--eval-freq", type=_steps, help="steps between evaluations; negative for none (default 25000, see docs)")
+    add("--eval-episodes", type=int, default=5, help="episodes per evaluation (default 5)")
+    add("--n-eval-envs", type=int, default=1, help="copies of the evaluation environment (default 1)")
+    add("--save-freq", type=_steps, default=-1, help="steps between checkpoints (default: none; with --resume n/20)")
+    add("--save-replay-buffer", action="store_true", help="save the replay buffer with the model")
+    add("--log-interval", type=int, default=-1, help="as in learn(); -1: the algorithm's default, -2: no logging")
+    more = parser.add_mutually_exclusive_group()
+    more.add_argument("-i", "--trained-agent", metavar="ZIP", help="train this model for n more steps, in a new run")
+    more.add_argument("--resume", action="store_true", help="continue the latest run until it has n steps in all")
+    add("-params", "--hyperparams", nargs="+", metavar="KEY:VALUE", help="override hyper-parameters, values in YAML")
+    add("-conf", "--conf-file", metavar="YML", help="hyper-parameters to use instead of the stored ones")
+    add("-uuid", "--uuid", action="store_true", help="add a unique id to the run's folder")
+    add("--dry-run", action="store_true", help="print the configuration as YAML and stop")
+    parser.set_defaults(function=train)
+
+
+def _add_enjoy(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_common(parser, ("-f", "--folder"))
+    add("-n", "--n-timesteps", type=_steps, default=1000, help="steps to play (default 1000)")
+    add("--exp-id", type=int, default=0, help="number of the run (default 0: the latest)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--load-best", action="store_true", help="play the best model instead of the last")
+    which.add_argument("--load-checkpoint", type=int, metavar="STEPS", help="play this checkpoint")
+    which.add_argument("--load-last-checkpoint", action="store_true", help="play the last checkpoint")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--stochastic", action="store_true", help="exploring actions (default for Atari games)")
+    how.add_argument("--deterministic", action="store_true", help="greedy actions (default for everything else)")
+    show = parser.add_mutually_exclusive_group()
+    show.add_argument("--render", action="store_true", help="open a window if there is a display")
+    show.add_argument("--no-render", action="store_true", help="open no window (default)")
+    show.add_argument("--video", metavar="FILE", help="write FILE.gif or FILE.mp4")
+    add("--seed", type=int, default=0, help="seed (default 0)")
+    add("--n-envs", type=int, default=1, help="copies of the environment (default 1)")
+    parser.set_defaults(function=enjoy)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """
+    Describe the command line.
+
+    :return: the parser
+    """
+    parser = argparse.ArgumentParser("sb3x", description="Train and watch agents.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"sb3-ext {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(verbs.add_parser("train", help="train an agent", allow_abbrev=False))
+    _add_enjoy(verbs.add_parser("enjoy", help="play with a trained agent", allow_abbrev=False))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run the command line.
+
+    :param argv: the words after ``sb3x``; default those of the process
+    :return: exit code: 0, 2 for a mistake of the user's, 130 if interrupted before training began
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(words)
+    function = args.__dict__.pop("function")
+    try:
+        function(args, words)
+    except ZooError as error:
+        if args.verbose > 1:
+            traceback.print_exc()
+        else:
+            print(f"sb3x: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sb3x: interrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

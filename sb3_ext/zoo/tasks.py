@@ -1,0 +1,256 @@
+"""What to train on: a dataset, described by its metadata alone, or an environment; and the environments to play in."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import minari
+import numpy as np
+from gymnasium import spaces
+from minari.serialization import deserialize_space
+from minari.storage import get_dataset_path
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from sb3_ext.data import StackFrames, make_atari_env, make_eval_env
+from sb3_ext.zoo.config import Algo, ZooError, hint
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    What a run is about.
+
+    :param name: id of the dataset, or of the environment
+    :param dataset: the dataset as the user gave it, if there is one
+    :param env: the environment's id as the user gave it, if they did
+    :param env_id: the environment's id, from the user or from the dataset's metadata
+    :param atari: whether that is an Atari game
+    :param observation_space: the dataset's, if its metadata says
+    :param requirements: what the dataset's environment needs, for messages
+    """
+
+    name: str
+    dataset: str | None
+    env: str | None
+    env_id: str | None
+    atari: bool
+    observation_space: spaces.Space[Any] | None = None
+    requirements: Sequence[str] = ()
+
+    @property
+    def entries(self) -> list[str]:
+        """Names of the entries of a YAML file that fit, the most specific first."""
+        found = [self.name, *([self.env_id.split(":")[-1]] if self.env_id else []), *(["atari"] if self.atari else [])]
+        return list(dict.fromkeys(found))
+
+    @property
+    def policy(self) -> str | None:
+        """What ``policy: auto`` means, if the observation space is known."""
+        return policy_for(self.observation_space) if self.observation_space is not None else None
+
+
+def is_picture(space: spaces.Space[Any] | None) -> bool:
+    """
+    Tell whether observations are pictures.
+
+    :param space: their space
+    :return: True for bytes in two or three dimensions
+    """
+    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
+
+
+def policy_for(space: spaces.Space[Any]) -> str:
+    """
+    Choose the kind of network for observations.
+
+    :param space: their space
+    :return: name of the policy
+    """
+    if isinstance(space, spaces.Dict):
+        return "MultiInputPolicy"
+    return "CnnPolicy" if is_picture(space) else "MlpPolicy"
+
+
+def find_task(args: argparse.Namespace, algo: Algo, download: bool) -> Task:
+    """
+    Look at what the user wants to train on, without loading data or building an environment.
+
+    :param args: flags ``dataset`` and ``env``
+    :param algo: the algorithm
+    :param download: whether a dataset that is not on this machine may be downloaded
+    :return: the task
+    :raises ZooError: if there is no such dataset or environment, or the flags do not fit the algorithm
+    """
+    if not algo.offline:
+        if args.dataset:
+            raise ZooError(
+                f"{algo.name} learns in an environment, not from a dataset; pass --env instead of --dataset."
+            )
+        if not args.env:
+            raise ZooError(f"{algo.name} needs an environment: pass --env ID.")
+        check_env_id(args.env)
+        return Task(args.env, None, args.env, args.env, is_atari(args.env))
+    if not args.dataset:
+        raise ZooError(f"{algo.name} learns from a dataset: pass --dataset ID.")
+    if args.env:
+        check_env_id(args.env)
+    metadata = read_metadata(args.dataset)
+    if metadata is None and download:
+        metadata = _download(args.dataset)
+    if metadata is None:
+        return Task(args.dataset, args.dataset, args.env, args.env, bool(args.env) and is_atari(args.env))
+    spec = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "{}")
+    space = metadata.get("observation_space")
+    return Task(
+        metadata.get("dataset_id", args.dataset),
+        args.dataset,
+        args.env,
+        args.env or spec.get("id"),
+        is_atari(args.env) if args.env else "AtariEnv" in str(spec.get("entry_point")),
+        deserialize_space(space) if space else None,
+        metadata.get("requirements", ()),
+    )
+
+
+def read_metadata(dataset: str) -> dict[str, Any] | None:
+    """
+    Read a local dataset's metadata; its environment is not built.
+
+    :param dataset: id or path
+    :return: the metadata, or None if the dataset is not on this machine
+    :raises ZooError: if the metadata is damaged, or the folder is no dataset
+    """
+    path = Path(dataset)
+    for folder in (path, path / "data", Path(get_dataset_path(dataset)) / "data"):
+        if (file := folder / "metadata.json").is_file():
+            try:
+                return dict(json.loads(file.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise ZooError(f"{file} cannot be read ({error}); get the dataset again.") from error
+    if path.exists():
+        raise ZooError(f"{dataset} is not a Minari dataset: there is no metadata.json in it.")
+    return None
+
+
+def _download(dataset: str) -> dict[str, Any] | None:
+    if dataset in gym.registry:
+        raise ZooError(f"{dataset} is an environment, not a dataset; pass --dataset the id of a Minari dataset.")
+    try:
+        minari.download_dataset(dataset)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ZooError(
+            f"The dataset {dataset!r} is not on this machine and could not be downloaded ({reason}); "
+            + hint(dataset, minari.list_local_datasets())
+        ) from error
+    return read_metadata(dataset)
+
+
+def check_env_id(env_id: str) -> None:
+    """
+    Make sure that an environment is registered; ``module:id`` imports the module first.
+
+    :param env_id: the id
+    :raises ZooError: if it is not
+    """
+    if env_id.startswith("ALE/"):
+        try:
+            import ale_py
+        except ImportError as error:
+            raise ZooError('Atari games need: pip install "sb3-ext[atari]"') from error
+        gym.register_envs(ale_py)
+    try:
+        gym.spec(env_id)
+    except (gym.error.Error, ImportError) as error:
+        raise ZooError(f"There is no environment {env_id!r}; {hint(env_id, gym.registry)}") from error
+    if is_atari(env_id) and not env_id.startswith("ALE/"):
+        raise ZooError(f"{env_id}: Atari games are called ALE/<Game>-v5 here.")
+
+
+def is_atari(env_id: str) -> bool:
+    """
+    Tell whether a registered environment is an Atari game.
+
+    :param env_id: the id
+    :return: whether it is
+    """
+    return "AtariEnv" in str(gym.spec(env_id).entry_point)
+
+
+def make_envs(
+    env_id: str,
+    *,
+    n_envs: int = 1,
+    seed: int | None = None,
+    frame_stack: int | None = None,
+    like: spaces.Space[Any] | None = None,
+    monitor: Path | None = None,
+    training: bool = False,
+    render_mode: str | None = None,
+) -> VecEnv:
+    """
+    Build an environment given by id; Atari games follow the protocol of :func:`~sb3_ext.data.make_atari_env`.
+
+    :param env_id: the id
+    :param n_envs: copies
+    :param seed: seed of the first copy; the others count up
+    :param frame_stack: frames per observation; default 4 for pictures with one channel, else 1
+    :param like: observation space of a model; pictures are stacked to fit it
+    :param monitor: folder for ``<i>.monitor.csv``, which are added to if they exist
+    :param training: clip the rewards of Atari games to [-1, 1]; the monitor still sees the score
+    :param render_mode: as in ``gymnasium.make``
+    :return: the environment, monitored, pictures channel first
+    """
+    atari = is_atari(env_id)
+
+    def make(index: int) -> gym.Env[Any, Any]:
+        if atari:
+            env = make_atari_env(env_id.removeprefix("ALE/").partition("-")[0], render_mode=render_mode)
+        else:
+            env = gym.make(env_id, render_mode=render_mode)
+        file = str(monitor / f"{index}.monitor.csv") if monitor is not None else None
+        env = Monitor(env, file, override_existing=file is None or not os.path.exists(file))
+        if training and atari:
+            env = gym.wrappers.ClipReward(env, -1.0, 1.0)
+        stack = _stack(env, frame_stack, like)
+        return StackFrames(env, stack) if stack > 1 or is_picture(env.observation_space) else env
+
+    venv = DummyVecEnv([lambda i=i: make(i) for i in range(n_envs)])  # type: ignore[misc]
+    venv.seed(seed)
+    return venv
+
+
+def _stack(env: gym.Env[Any, Any], frame_stack: int | None, like: spaces.Space[Any] | None) -> int:
+    if not is_picture(env.observation_space):
+        return frame_stack or 1
+    channels = StackFrames(env, 1).observation_space.shape[0]  # type: ignore[index]
+    if like is not None and like.shape and like.shape[0] % channels == 0:
+        return int(like.shape[0] // channels)
+    return frame_stack or (4 if channels == 1 else 1)
+
+
+def make_dataset_envs(task: Task, **kwargs: Any) -> VecEnv:
+    """
+    Build the environment that a dataset's metadata names, which runs its code.
+
+    :param task: the task
+    :param kwargs: arguments of :func:`~sb3_ext.data.make_eval_env`
+    :return: the environment
+    :raises ZooError: if what it needs is not installed
+    """
+    assert task.dataset is not None
+    try:
+        return make_eval_env(task.dataset, **kwargs)
+    except (ImportError, gym.error.Error) as error:
+        needs = f"; it needs {', '.join(task.requirements)}" if task.requirements else ""
+        raise ZooError(
+            f"The environment of {task.name} cannot be built ({' '.join(str(error).split())}){needs}."
+        ) from error

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch as th
 from gymnasium import spaces
 from hypothesis import given, settings
@@ -16,6 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_ext.common.buffers import MixedReplayBuffer, OfflineReplayBuffer, discounted_returns
 from sb3_ext.common.frames import ArrayFrames
+from tests import reference
 
 SPACE = spaces.Box(-1000, 1000, (2,), np.float32)
 

@@ -12,9 +12,7 @@ import gymnasium as gym
 import minari
 import numpy as np
 import pytest
-import reference
 import torch as th
-from conftest import MakeDataset, flags
 from gymnasium import spaces
 from minari.dataset.minari_storage import MinariStorage
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -24,6 +22,8 @@ from sb3_ext.data import DatasetError, StackFrames, load_minari, make_atari_env,
 from sb3_ext.data.cache import cache_key
 from sb3_ext.data.minari import choose_episodes
 from sb3_ext.data.source import open_source
+from tests import reference
+from tests.conftest import MakeDataset, flags
 
 SHAPES = {
     "vector": ((3,), "vector"),
@@ -106,8 +106,7 @@ def test_stacks_and_n_steps(kind: str, frame_stack: int, n_steps: int, make_data
     assert_matches(buffer, reference.dataset_transitions(dataset, layout, **options))
 
 
-@pytest.mark.parametrize("which", ["cartpole", "breakout"])
-@pytest.mark.parametrize("n_steps", [1, 3])
+@pytest.mark.parametrize(("which", "n_steps"), [("cartpole", 1), ("cartpole", 3), ("breakout", 3)])
 def test_recorded_datasets(which: str, n_steps: int, request: pytest.FixtureRequest) -> None:
     dataset = request.getfixturevalue(which)
     buffer = load_minari(dataset, device="cpu", n_steps=n_steps, storage="compressed")
@@ -276,8 +275,7 @@ def test_one_frame_at_a_time_can_be_asked_for(make_dataset: MakeDataset) -> None
 # ------------------------------------------------------------------ the environment's side
 
 
-@pytest.mark.parametrize("frame_stack", [1, 3, 4])
-@pytest.mark.parametrize("pad_with_zeros", [True, False])
+@pytest.mark.parametrize(("frame_stack", "pad_with_zeros"), [(1, True), (3, False), (4, True), (4, False)])
 def test_the_environment_shows_what_the_buffer_rebuilds(
     breakout: minari.MinariDataset, frame_stack: int, pad_with_zeros: bool
 ) -> None:
@@ -353,7 +351,7 @@ class _Pictures(gym.Env[Any, Any]):
     action_space = spaces.Discrete(3)
 
     @staticmethod
-    def spec_json(entry_point: str = "test_data:_Pictures") -> str:
+    def spec_json(entry_point: str = f"{__name__}:_Pictures") -> str:
         return gym.envs.registration.EnvSpec("Pictures-v0", entry_point=entry_point, disable_env_checker=True).to_json()
 
 
@@ -624,7 +622,7 @@ class _Trap(gym.Env[Any, Any]):
 def test_loading_does_not_build_the_environment(make_dataset: MakeDataset) -> None:
     BUILT.clear()
     dataset = make_dataset(random_episodes((3,)), space_of("vector"))
-    _add_metadata(dataset, env_spec=_Pictures.spec_json("test_data:_Trap"))
+    _add_metadata(dataset, env_spec=_Pictures.spec_json(f"{__name__}:_Trap"))
     for storage in ("ram", "mmap"):
         load_minari("by/hand-v0", storage=storage, device="cpu")
     assert BUILT == []

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -23,6 +22,7 @@ from sb3_ext.common.frames import (
     stack_rows,
     unpack_frames,
 )
+from tests import reference
 
 DTYPES = st.sampled_from([np.uint8, np.float32, np.int64, np.bool_])
 FRAMES = st.tuples(st.integers(1, 3 * BLOCK + 5), st.integers(1, 3), st.integers(1, 4)).flatmap(
@@ -60,17 +60,18 @@ def test_neighbouring_frames_compress() -> None:
 def test_a_flipped_bit_is_never_silently_wrong() -> None:
     frames = np.random.default_rng(0).integers(0, 4, (20, 6, 6), np.uint8)
     store = compress(frames)
-    rows, errors = np.arange(20), 0
-    for bit in range(0, 8 * len(store.data), 3):
+    rows, bits = np.arange(20), range(0, 8 * len(store.data), 3)
+    errors = 0
+    for bit in bits:
         data = store.data.copy()
         data[bit // 8] ^= 1 << bit % 8
-        damaged = BlockFrames(data, store.offsets, 20, store.shape, store.dtype)
         try:
-            np.testing.assert_array_equal(damaged.take(rows), frames)
-        except OSError as error:
+            taken = BlockFrames(data, store.offsets, 20, store.shape, store.dtype).take(rows)
+        except OSError:
             errors += 1
-            assert "damaged" in str(error)
-    assert errors > 0.9 * len(range(0, 8 * len(store.data), 3))
+        else:  # a bit that does not matter
+            np.testing.assert_array_equal(taken, frames)
+    assert errors > 0.9 * len(bits)
 
 
 def test_a_cut_file_is_an_error() -> None:

@@ -1,0 +1,342 @@
+"""Bad data is refused before any training starts, with the place and the remedy, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from sb3_ext.data import DatasetError, load_minari, make_eval_env
+from sb3_ext.data.checks import check_episode
+from tests.conftest import MakeDataset, flags
+
+SPACE = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+
+def episode(steps: int = 4, **changes: Any) -> dict[str, Any]:
+    return {
+        "observations": np.arange(2 * steps + 2, dtype=np.float32).reshape(-1, 2),
+        "actions": np.arange(steps) % 3,
+        "rewards": np.ones(steps),
+        **flags(steps, True),
+        **changes,
+    }
+
+
+def replaced(array: np.ndarray, at: Any, value: float) -> np.ndarray:
+    array = array.copy()
+    array[at] = value
+    return array
+
+
+def ones_at(*steps: int) -> np.ndarray:
+    flags = np.zeros(4, bool)
+    flags[list(steps)] = True
+    return flags
+
+
+def refused(dataset: Any, tmp_path: Path, match: str, **kwargs: Any) -> None:
+    for storage in ("mmap", "compressed", "ram"):
+        with pytest.raises(DatasetError, match=match):
+            load_minari(dataset, storage=storage, device="cpu", **kwargs)
+    assert not (tmp_path / "cache").exists() or list((tmp_path / "cache").iterdir()) == []
+
+
+# ------------------------------------------------------------------ spaces
+
+
+@pytest.mark.parametrize(
+    ("observation_space", "action_space", "match"),
+    [
+        (SPACE, spaces.Box(-1, 1, (1,), np.float32), "action_space is Box.*Discretise"),
+        (SPACE, spaces.MultiDiscrete([3, 2]), "action_space is MultiDiscrete"),
+        (
+            SPACE,
+            spaces.Discrete(3, start=1),
+            r"action_space is .* counts actions from 0.*shifts them by -1 to Discrete\(3\)",
+        ),
+        (spaces.Dict({"a": SPACE}), spaces.Discrete(3), "observation_space is Dict.*FlattenObservation"),
+        (spaces.Discrete(7), spaces.Discrete(3), "observation_space is Discrete"),
+        (spaces.Box(0, 1, (), np.float32), spaces.Discrete(3), "observation_space is Box"),
+    ],
+)
+def test_kinds_of_spaces(
+    observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any],
+    match: str,
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+) -> None:
+    sampled = [observation_space.sample() for _ in range(5)]
+    observations: Any = np.array(sampled)
+    if isinstance(observation_space, spaces.Dict):
+        observations = {"a": np.stack([s["a"] for s in sampled])}
+    actions = np.array([action_space.sample() for _ in range(4)])
+    dataset = make_dataset([episode(observations=observations, actions=actions)], observation_space, action_space)
+    refused(dataset, tmp_path, "by/hand-v0: " + match)
+
+
+# ------------------------------------------------------------------ values
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "NaN": ({"observations": replaced(episode()["observations"], (3, 1), np.nan)}, "step 3: the observation has NaN"),
+    "infinite": ({"observations": replaced(episode()["observations"], (4, 0), -np.inf)}, "step 4: the observation"),
+    "too large": (
+        {"observations": replaced(episode()["observations"].astype(np.float64), (1, 0), 1e39)},
+        "step 1: the observation has NaN, infinite or too large",
+    ),
+    "reward NaN": ({"rewards": np.array([0, 1, np.nan, 1])}, "step 2: the reward is nan"),
+    "reward infinite": ({"rewards": np.array([0, np.inf, 0, 1])}, "step 1: the reward is inf"),
+    "action too high": ({"actions": np.array([0, 1, 3, 1])}, r"step 2: action 3 is outside Discrete\(3\)"),
+    "action negative": ({"actions": np.array([-1, 1, 2, 1])}, "step 0: action -1 is outside"),
+    "action broken": ({"actions": np.array([0, 1.5, 2, 1])}, "step 1: action 1.5 is no whole number"),
+    "action NaN": ({"actions": np.array([0, 1, np.nan, np.inf])}, "step 2: action nan is no whole number"),
+    "both": (
+        {"terminations": ones_at(3), "truncations": ones_at(3)},
+        "step 3: marked both terminated and truncated.*strict=False",
+    ),
+    "terminated early": ({"terminations": ones_at(1, 3)}, "step 1: the episode ends here, but 4 steps are stored"),
+    "truncated early": ({"truncations": ones_at(0)}, "step 0: the episode ends here"),
+    "T observations": ({"observations": episode(3)["observations"]}, "4 observations for 4 rewards, expected 5"),
+    "T + 2 observations": ({"observations": episode(5)["observations"]}, "6 observations for 4 rewards"),
+    "actions missing": ({"actions": np.arange(3)}, "3 actions for 4 rewards, expected 4. The episode was not stored"),
+    "two actions": ({"actions": np.zeros((4, 2), int)}, "8 actions for 4 rewards"),
+    "flags missing": ({"truncations": np.zeros(3, bool)}, "3 truncations for 4 rewards"),
+    "terminations missing": ({"terminations": np.zeros(2, bool)}, "2 terminations for 4 rewards"),
+    "shape": ({"observations": np.zeros((5, 3), np.float32)}, r"observations have shape \(3,\), .* says \(2,\)"),
+    "no step": (episode(0), r"has no step.*filter_episodes\(lambda e: len\(e\) > 0\)"),
+    "one step": (episode(1), "has one step only.*strict=False"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_episodes(what: str, make_dataset: MakeDataset, tmp_path: Path) -> None:
+    changes, match = BAD[what]
+    if what == "no step":  # Minari's HDF5 storage cannot write it
+        with pytest.raises(DatasetError, match=r"^x, episode 2 " + match):
+            check_episode(episode(0), 2, "x", SPACE, spaces.Discrete(3))
+        return
+    dataset = make_dataset([episode(), episode(5), episode(**changes), episode()], SPACE)
+    refused(dataset, tmp_path, r"^by/hand-v0, episode 2[:,]? .*" + match)
+
+
+def test_the_good_neighbours_of_a_bad_episode_load(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset([episode(), episode(1), episode(5)], SPACE)
+    kept = dataset.filter_episodes(lambda e: len(e) > 1)  # as the message says
+    assert load_minari(kept, device="cpu").lengths.tolist() == [4, 5]
+
+
+def test_what_strict_false_lets_pass(make_dataset: MakeDataset) -> None:
+    both = episode(terminations=ones_at(3), truncations=ones_at(3))
+    dataset = make_dataset([episode(1), both], SPACE)
+    for storage in ("ram", "mmap"):
+        buffer = load_minari(dataset, strict=False, storage=storage, device="cpu")
+        assert buffer._get_samples(np.arange(5)).dones.squeeze(1).tolist() == [1, 0, 0, 0, 1]
+    with pytest.raises(DatasetError, match="one step only"):
+        load_minari(dataset, device="cpu")  # the cache of the lenient call does not count
+    with pytest.raises(DatasetError, match="has no step"):
+        check_episode(episode(0), 0, "x", SPACE, spaces.Discrete(3), strict=False)
+    with pytest.raises(DatasetError, match="ends here"):
+        check_episode(episode(terminations=ones_at(1)), 0, "x", SPACE, spaces.Discrete(3), strict=False)
+
+
+@pytest.mark.parametrize("data_format", ["arrow", "parquet"])
+def test_an_empty_episode_in_other_formats(data_format: str, make_dataset: MakeDataset, tmp_path: Path) -> None:
+    dataset = make_dataset([episode(), episode(0)], SPACE, data_format=data_format)
+    for strict in (True, False):
+        refused(dataset, tmp_path, r"^by/hand-v0, episode 1 has no step", strict=strict)
+
+
+def test_actions_in_a_column_and_flags_in_a_column_are_fine() -> None:
+    column = episode(actions=np.arange(4)[:, None] % 3, rewards=np.ones((4, 1)), terminations=ones_at(3)[:, None])
+    checked = check_episode(column, 0, "x", SPACE, spaces.Discrete(3))
+    assert checked.actions.tolist() == [0, 1, 2, 0]
+    assert checked.rewards.shape == (4,)
+    assert checked.terminated
+
+
+def test_pictures_stored_as_numbers_that_are_none() -> None:
+    space = spaces.Box(0, 255, (2, 2), np.uint8)
+    fine = np.full((5, 2, 2), 7.0)
+    assert check_episode(episode(observations=fine), 0, "x", space, spaces.Discrete(3)).observations.dtype == np.uint8
+    with pytest.raises(DatasetError, match=r"^x, episode 0, step 2: observations are stored as float64"):
+        check_episode(episode(observations=replaced(fine, (2, 0, 0), 7.5)), 0, "x", space, spaces.Discrete(3))
+
+
+def test_no_episode_at_all(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    dataset = make_dataset([], SPACE)
+    refused(dataset, tmp_path, "by/hand-v0: the dataset is empty")
+
+
+# ------------------------------------------------------------------ damaged files
+
+
+def data_files(dataset: minari.MinariDataset) -> list[Path]:
+    return sorted(f for f in Path(dataset.storage.data_path).rglob("*") if f.is_file() and f.suffix != ".json")
+
+
+AGAIN = "Delete the dataset and get it again"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 0.999])
+def test_a_cut_hdf5_file(share: float, make_dataset: MakeDataset, tmp_path: Path) -> None:
+    dataset = make_dataset([episode(50) for _ in range(6)], SPACE)
+    (file,) = data_files(dataset)
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    refused(dataset, tmp_path, rf"(?s)^by/hand-v0, episode \d.* cannot be read .*{AGAIN}")
+
+
+def test_a_damaged_hdf5_file(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    dataset = make_dataset([episode(50) for _ in range(6)], SPACE)
+    (file,) = data_files(dataset)
+    content = bytearray(file.read_bytes())
+    content[500:20_000] = bytes(19_500)
+    file.write_bytes(content)
+    refused(dataset, tmp_path, rf"(?s)^by/hand-v0, episode \d.*{AGAIN}")
+
+
+@pytest.mark.parametrize("data_format", ["arrow", "parquet"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "noise"])
+def test_a_damaged_arrow_or_parquet_file(
+    data_format: str, damage: str, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    dataset = make_dataset([episode(50) for _ in range(3)], SPACE, data_format=data_format)
+    file = data_files(dataset)[1]
+    assert file.parent.name == "1"
+    content = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(content[:-20])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "gone":
+        shutil.rmtree(file.parent)
+    else:
+        file.write_bytes(np.random.default_rng(0).bytes(len(content)))
+    refused(dataset, tmp_path, rf"(?s)^by/hand-v0, episode 1\b.* cannot be read .*{AGAIN}")
+
+
+def test_the_hdf5_file_is_gone(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    dataset = make_dataset([episode()], SPACE)
+    data_files(dataset)[0].unlink()
+    refused("by/hand-v0", tmp_path, rf"^by/hand-v0: the data cannot be opened .*{AGAIN}")
+
+
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow"])
+def test_fewer_steps_than_the_metadata_says(data_format: str, make_dataset: MakeDataset, tmp_path: Path) -> None:
+    dataset = make_dataset([episode(), episode(6)], SPACE, data_format=data_format)
+    dataset.storage.update_episode_metadata([{"total_steps": 7}], [1])
+    refused(dataset, tmp_path, rf"^by/hand-v0, episode 1 has 6 steps, its metadata says 7. {AGAIN}")
+
+
+def test_more_episodes_in_the_metadata_than_in_the_data(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    dataset = make_dataset([episode(), episode()], SPACE)
+    edit_metadata(dataset, lambda m: {**m, "total_episodes": 3})
+    refused("by/hand-v0", tmp_path, rf"by/hand-v0, episode 2: its metadata cannot be read .*{AGAIN}")
+
+
+def edit_metadata(dataset: minari.MinariDataset, change: Callable[[dict[str, Any]], Any]) -> Path:
+    file = Path(dataset.storage.data_path) / "metadata.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    return file
+
+
+def without(key: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda metadata: {k: v for k, v in metadata.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda m: [1], "metadata.json cannot be read"),
+        (without("total_episodes"), r"metadata.json cannot be read \(KeyError"),
+        (lambda m: {**m, "total_episodes": "2"}, "metadata.json cannot be read"),
+        (lambda m: {**m, "observation_space": "{"}, "observation_space cannot be read"),
+        (lambda m: {**m, "action_space": '{"type": "Nothing"}'}, "action_space cannot be read"),
+        (lambda m: {**m, "data_format": "zip"}, "data cannot be opened"),
+        (without("data_format"), "data cannot be opened"),
+        (without("action_space"), "its metadata has no action_space"),
+    ],
+)
+def test_broken_metadata(change: Any, match: str, make_dataset: MakeDataset, tmp_path: Path) -> None:
+    dataset = make_dataset([episode()], SPACE)
+    edit_metadata(dataset, change)
+    refused("by/hand-v0", tmp_path, match)
+
+
+def test_metadata_that_is_no_json(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    dataset = make_dataset([episode()], SPACE)
+    file = Path(dataset.storage.data_path) / "metadata.json"
+    for content in (b"", file.read_bytes()[:-10], b"\xff\xfe"):
+        file.write_bytes(content)
+        refused("by/hand-v0", tmp_path, rf"metadata.json cannot be read .*{AGAIN}")
+    file.unlink()
+    refused("by/hand-v0", tmp_path, rf"metadata.json cannot be read .*{AGAIN}")  # as an interrupted download leaves it
+
+
+def test_an_environment_that_cannot_be_built(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    dataset = make_dataset([episode()], SPACE)
+    edit_metadata(dataset, without("observation_space"))
+    refused("by/hand-v0", tmp_path, r"its observation_space cannot be read", build_env=True)
+
+
+# ------------------------------------------------------------------ no dataset
+
+
+def test_an_unknown_id_names_similar_ones(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    make_dataset([episode()], SPACE, dataset_id="cartpole/random-v0")
+    (tmp_path / "datasets" / "broken-v0" / "data").mkdir(parents=True)  # what else lies there does not matter
+    with pytest.raises(
+        DatasetError, match=r"'cartpole/randon-v0' is not on this machine \(1 are.* mean 'cartpole/random"
+    ):
+        load_minari("cartpole/randon-v0")
+    (tmp_path / "datasets" / "no id" / "data").mkdir(parents=True)
+    with pytest.raises(DatasetError, match="could not be downloaded"):
+        load_minari("cartpole/randon-v0")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_name_without_version_names_similar_ones(make_dataset: MakeDataset) -> None:
+    make_dataset([episode()], SPACE, dataset_id="cartpole/random-v0")
+    with pytest.raises(DatasetError, match=r"neither an existing path nor a dataset id.* mean 'cartpole/random-v0'\?"):
+        load_minari("cartpole/random")
+    with pytest.raises(DatasetError, match=r"neither an existing path nor a dataset id"):
+        load_minari("no such file.hdf5")
+
+
+def test_a_path_that_is_no_dataset(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.hdf5").write_bytes(b"x")
+    for path in (tmp_path / "folder", tmp_path / "file.hdf5", str(tmp_path / "folder")):
+        with pytest.raises(DatasetError, match=r"is not a Minari dataset: there is no metadata\.json"):
+            load_minari(path)
+
+
+def test_environments_in_the_place_of_a_dataset() -> None:
+    with pytest.raises(TypeError, match=r"'CartPole-v1' is an environment id.*env='CartPole-v1'"):
+        load_minari("CartPole-v1")
+    with pytest.raises(TypeError, match="not an environment"):
+        load_minari(gym.make("CartPole-v1"))
+    with pytest.raises(TypeError, match="not an environment"):
+        make_eval_env(gym.make("CartPole-v1"))
+    with pytest.raises(TypeError, match="not int"):
+        load_minari(3)  # type: ignore[arg-type]
+
+
+def test_unknown_options(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset([episode()], SPACE)
+    with pytest.raises(ValueError, match=r"storage must be one of mmap, compressed, ram, not 'disk'"):
+        load_minari(dataset, storage="disk")
+    with pytest.raises(ValueError, match="frame_stack must be at least 1, got 0"):
+        load_minari(dataset, frame_stack=0)
+    for subset in (0.0, 1.5, -1.0):
+        with pytest.raises(ValueError, match="subset must be in"):
+            load_minari(dataset, subset=subset)

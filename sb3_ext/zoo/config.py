@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
@@ -274,7 +275,8 @@ def resolve(
     if "n_timesteps" not in settings:
         raise ZooError(f"{source} does not say how long to train; add n_timesteps or pass -n.")
     parameters = algo.parameters
-    arguments = {k: _argument(k, v, parameters[k], source) for k, v in settings.items() if k in parameters}
+    # a copy, because algorithms write into policy_kwargs
+    arguments = {k: _argument(k, v, parameters[k], source) for k, v in deepcopy(settings).items() if k in parameters}
     if algo.offline and settings.get("frame_stack"):
         arguments["dataset_kwargs"] = {
             **(arguments.get("dataset_kwargs") or {}),

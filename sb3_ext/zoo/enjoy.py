@@ -58,7 +58,11 @@ def enjoy(args: argparse.Namespace, words: list[str]) -> None:
                 env = make_envs(task.env, like=model.observation_space, render_mode=render_mode, **common)
             else:
                 env = make_dataset_envs(task, render_mode=render_mode, **common)
-        check_spaces(model, env)
+        try:
+            check_spaces(model, env)
+        except ZooError:
+            env.close()
+            raise
         return env
 
     env, observation = _open(args, make)

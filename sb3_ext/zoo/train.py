@@ -7,8 +7,9 @@ import os
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,7 @@ import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
+from tqdm import TqdmExperimentalWarning
 
 from sb3_ext.zoo.config import (
     Algo,
@@ -100,27 +102,22 @@ def train(args: argparse.Namespace, words: list[str]) -> None:
         th.set_num_threads(args.num_threads)
     fresh = run is None
     run = run or new_run(args.log_folder, algo.name, slug(task.name), args.uuid)
-    envs: list[VecEnv] = []
-    try:
-        with one_line_errors():
-            model = _build_model(args, algo, task, config, run, start)
-            if args.eval_freq:
-                envs.append(_build_eval_env(args, task, config, model))
-            args.dataset, args.env = task.dataset, task.env_id
-            run.write_start(args, config.settings, words)
-            callbacks = _callbacks(args, model, task, config, run, envs[0] if envs else None)
-    except BaseException:
-        if fresh:
-            shutil.rmtree(run.path)
-        raise
-    if args.verbose > 0:
-        print(f"Settings: {config.source}\nSeed: {args.seed}\nLog path: {run.path}")
-    try:
+    with ExitStack() as envs:
+        try:
+            with one_line_errors():
+                model = _build_model(args, algo, task, config, run, start, envs)
+                eval_env = _build_eval_env(args, task, config, model, envs) if args.eval_freq else None
+                args.dataset, args.env = task.dataset, task.env_id
+                run.write_start(args, config.settings, words)
+                callbacks = _callbacks(args, model, task, config, run, eval_env)
+        except BaseException:
+            envs.close()
+            if fresh:
+                shutil.rmtree(run.path)
+            raise
+        if args.verbose > 0:
+            print(f"Settings: {config.source}\nSeed: {args.seed}\nLog path: {run.path}")
         _learn(args, model, config, callbacks, run)
-    finally:
-        for env in (*envs, model.env):
-            if env is not None:
-                env.close()
 
 
 def _check_flags(args: argparse.Namespace, algo: Algo) -> None:
@@ -193,7 +190,7 @@ def _save_freq(args: argparse.Namespace, config: Config) -> int:
 
 
 def _build_model(
-    args: argparse.Namespace, algo: Algo, task: Task, config: Config, run: Run, start: Path | None
+    args: argparse.Namespace, algo: Algo, task: Task, config: Config, run: Run, start: Path | None, envs: ExitStack
 ) -> BaseAlgorithm:
     env: VecEnv | None = None
     arguments = dict(config.arguments)
@@ -207,6 +204,7 @@ def _build_model(
             monitor=run.path,
             training=True,
         )
+        envs.callback(env.close)
         if arguments["policy"] == "auto":
             arguments["policy"] = policy_for(env.observation_space)
     board = os.path.join(args.tensorboard_log, slug(task.name)) if args.tensorboard_log else None
@@ -229,10 +227,13 @@ def _build_model(
     return model  # type: ignore[no-any-return]
 
 
-def _build_eval_env(args: argparse.Namespace, task: Task, config: Config, model: BaseAlgorithm) -> VecEnv:
+def _build_eval_env(
+    args: argparse.Namespace, task: Task, config: Config, model: BaseAlgorithm, envs: ExitStack
+) -> VecEnv:
     kwargs: dict[str, Any] = {"n_envs": args.n_eval_envs, "seed": args.seed, "frame_stack": config.frame_stack}
     like = model.observation_space
     env = make_envs(task.env, like=like, **kwargs) if task.env else make_dataset_envs(task, **kwargs)
+    envs.callback(env.close)
     check_spaces(model, env)
     return env
 
@@ -284,7 +285,8 @@ def _learn(
     kwargs: dict[str, Any] = {}
     if args.log_interval != -1:
         kwargs["log_interval"] = args.log_interval if args.log_interval > 0 else None
-    with stop_on_signal() as stop:
+    with stop_on_signal() as stop, warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmExperimentalWarning)
         try:
             model.learn(
                 config.n_timesteps - (model.num_timesteps if args.resume else 0),

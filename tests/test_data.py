@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -513,6 +514,15 @@ def test_an_incomplete_or_damaged_cache_entry_is_built_again(
     assert_matches(buffer, reference.dataset_transitions(dataset, "vector"))
     assert file.read_bytes() == content or name == "arrays.npz"
     assert [e.name for e in (tmp_path / "cache").iterdir()] == [entry.name]
+
+
+def test_several_may_build_the_same_entry_at_once(breakout: minari.MinariDataset, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda _: load_minari(breakout, storage="compressed", seed=0, device="cpu"), range(4)))
+    batches = [buffer.sample(16) for buffer in loaded]
+    assert all(th.equal(batch.observations, batches[0].observations) for batch in batches)
+    (entry,) = (tmp_path / "cache").iterdir()
+    assert not entry.name.startswith(".")
 
 
 def test_leftovers_of_killed_processes_are_removed_after_a_day(make_dataset: MakeDataset, tmp_path: Path) -> None:

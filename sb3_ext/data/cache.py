@@ -235,7 +235,11 @@ def _check_space(source: Source, folder: Path, n_rows: int, n_frames: int, compr
 def _remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed left behind; a day old, so that nobody is still writing it."""
     for partial in folder.glob(".partial-*"):
-        if max(file.stat().st_mtime for file in (partial, *partial.iterdir())) < time.time() - _DAY:
+        try:
+            changed = max(file.stat().st_mtime for file in (partial, *partial.iterdir()))
+        except FileNotFoundError:  # its process has just finished it
+            continue
+        if changed < time.time() - _DAY:
             shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -275,11 +279,11 @@ def write_cache(
             "sizes": {f.name: f.stat().st_size for f in partial.iterdir()},
         }
         (partial / "manifest.json").write_text(json.dumps(manifest))
-        if open_cache(folder) is None:  # else another process was faster
-            shutil.rmtree(folder, ignore_errors=True)
+        try:
             partial.rename(folder)
-    except OSError:
-        if open_cache(folder) is None:
-            raise
+        except OSError:
+            if open_cache(folder) is None:  # else another process was faster
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -71,9 +71,10 @@ class Source:
         :raises DatasetError: if an episode's metadata is missing
         """
         lengths = []
+        found = iter(storage.get_episode_metadata(self.episodes.tolist()))
         for number in self.episodes.tolist():
             try:
-                lengths.append(int(next(iter(storage.get_episode_metadata([number])))["total_steps"]))
+                lengths.append(int(next(found)["total_steps"]))
             except Exception as error:
                 raise DatasetError(
                     f"{self.name}, episode {number}: its metadata cannot be read ({_reason(error)}). {_AGAIN}"
@@ -93,10 +94,13 @@ class Source:
         :return: the episodes
         :raises DatasetError: naming episode and step, at the first that is damaged or invalid
         """
+        if storage.FORMAT == "hdf5":
+            found = iter(storage.get_episodes(episodes.tolist()))
+        else:  # one by one: Minari pairs numbers with Arrow batches blindly, and an unreadable file stops all of them
+            found = (next(iter(storage.get_episodes([number]))) for number in episodes.tolist())
         for number, steps in zip(episodes.tolist(), lengths.tolist(), strict=True):
             try:
-                # one by one: Minari pairs numbers with Arrow batches blindly, and an unreadable file stops all of them
-                episode = next(iter(storage.get_episodes([number])))
+                episode = next(found)
             except Exception as error:
                 raise DatasetError(
                     f"{self.name}, episode {number} cannot be read ({_reason(error)}): the file is damaged or cut "

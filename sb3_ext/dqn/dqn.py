@@ -59,8 +59,9 @@ class WeightedMixin(OffPolicyAlgorithm):
         """
         if isinstance(path, (str, pathlib.Path)):
             final = pathlib.Path(path)
-            with atomic_path(final if final.suffix else final.with_suffix(".zip")) as partial:
-                super().save(partial, exclude, include)
+            named = final if final.suffix else final.with_suffix(".zip")
+            with atomic_path(named) as partial, partial.open("wb") as file:
+                super().save(file, exclude, include)
         else:
             super().save(path, exclude, include)
 

@@ -1,0 +1,431 @@
+"""CQL and its baselines: published arithmetic, SB3's face, saving, going on online, bad input."""
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.utils import LinearSchedule
+
+from sb3_ext import BC, CQL, load_minari, make_eval_env, record
+from sb3_ext.common.buffers import MixedReplayBuffer, OfflineReplayBuffer
+from sb3_ext.common.frames import ArrayFrames
+from sb3_ext.data import DatasetError
+from tests.test_losses import published_loss
+
+SMALL: dict[str, Any] = {"net_arch": [16], "n_quantiles": 10}
+
+
+def small(cls: Any, dataset: Any, **kwargs: Any) -> Any:
+    kwargs = {"policy_kwargs": dict(SMALL), "seed": 0, "device": "cpu", **kwargs}
+    if cls is BC:
+        kwargs["policy_kwargs"].pop("n_quantiles", None)
+    return cls("MlpPolicy", dataset, **kwargs)
+
+
+def parameters(model: Any) -> np.ndarray:
+    return np.concatenate([p.detach().numpy().ravel() for p in model.policy.parameters()])
+
+
+# ---------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize(("alpha", "clip", "double"), [(4.0, False, False), (0.0, False, False), (1.0, True, True)])
+def test_loss_and_gradient_equal_the_published_definition(
+    cartpole: minari.MinariDataset, alpha: float, clip: bool, double: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small(CQL, cartpole, cql_alpha=alpha, clip_rewards=clip, double_q=double)
+    batch = model.replay_buffer.sample(16)
+    batch = batch._replace(rewards=batch.rewards * 3, dones=th.arange(16).reshape(-1, 1) % 2)
+    captured = th.randn(16, 10, 2, dtype=th.float64, requires_grad=True)
+    next_target = 2 * th.randn(16, 10, 2, dtype=th.float64)
+    chosen_by = th.randn(16, 10, 2, dtype=th.float64) if double else next_target
+
+    def forward(net: Any, observations: th.Tensor) -> th.Tensor:
+        if net is model._target_forward:
+            return next_target
+        return chosen_by if observations is batch.next_observations else captured
+
+    monkeypatch.setattr(model, "_forward", forward)
+    loss = model.compute_loss(batch).loss.mean()
+    (gradient,) = th.autograd.grad(loss, captured)
+
+    rewards = batch.rewards.numpy()[:, 0]
+    if clip:
+        rewards = np.clip(rewards, -1, 1)
+    actions, dones = batch.actions.numpy()[:, 0], batch.dones.numpy()[:, 0]
+    best = chosen_by.mean(1).argmax(1).numpy()
+    # the transcription chooses by its own next quantiles: hand it those of the chosen action alone
+    chosen = next_target.numpy()[np.arange(16), :, best][:, :, None]
+
+    def reference(z: np.ndarray) -> float:
+        return published_loss(z, chosen, actions, rewards, dones, model.gamma, alpha)
+
+    z = captured.detach().numpy()
+    assert loss.item() == pytest.approx(reference(z), abs=1e-6)
+    rng = np.random.default_rng(0)
+    for _ in range(15):
+        place = tuple(int(rng.integers(n)) for n in z.shape)
+        step = np.zeros_like(z)
+        step[place] = 1e-5
+        slope = (reference(z + step) - reference(z - step)) / 2e-5
+        assert gradient[place].item() == pytest.approx(slope, abs=1e-6)
+
+
+def test_bc_loss_is_cross_entropy(cartpole: minari.MinariDataset) -> None:
+    model = small(BC, cartpole)
+    batch = model.replay_buffer.sample(8)
+    logits = model.quantile_net(batch.observations)[:, 0]
+    expected = th.nn.functional.cross_entropy(logits, batch.actions[:, 0], reduction="none")
+    assert th.allclose(model.compute_loss(batch).loss, expected, atol=1e-6)
+
+
+def test_target_network_follows_gradient_steps(cartpole: minari.MinariDataset) -> None:
+    model = small(CQL, cartpole, target_update_interval=5)
+    start = [p.clone() for p in model.quantile_net_target.parameters()]
+    model.learn(4)
+    assert all(th.equal(a, b) for a, b in zip(start, model.quantile_net_target.parameters(), strict=True))
+    model.learn(1, reset_num_timesteps=False)
+    pairs = zip(model.quantile_net.parameters(), model.quantile_net_target.parameters(), strict=True)
+    assert all(th.equal(a, b) for a, b in pairs)
+
+
+def test_truncated_end_bootstraps_and_terminated_end_does_not() -> None:
+    # one state, reward 1, gamma 0.5: the value is 2 if the end is a cut, 1 if it is the end
+    values = []
+    for terminated in (False, True):
+        buffer = OfflineReplayBuffer(
+            ArrayFrames(np.ones((2, 1), np.float32)), np.zeros(2, np.uint8), np.array([1, 0], np.float32),
+            np.array([terminated, False]), np.array([1]), spaces.Box(-2, 2, (1,)), spaces.Discrete(2), device="cpu",
+        )  # fmt: skip
+        model = small(CQL, buffer, gamma=0.5, cql_alpha=0.0, learning_rate=0.02, target_update_interval=10)
+        model.learn(300, log_interval=None)
+        values.append(model.quantile_net(th.ones(1, 1)).mean(1)[0, 0].item())
+    assert values == pytest.approx([2.0, 1.0], abs=0.1)
+
+
+def test_learns_the_better_action_from_random_data() -> None:
+    # a bandit with two contexts: reward 1 if the action equals the context
+    rng = np.random.default_rng(0)
+    context, action = rng.integers(2, size=400), rng.integers(2, size=400)
+    frames = np.repeat(np.eye(2, dtype=np.float32)[context], 2, axis=0)
+    actions, rewards = np.zeros(800, np.uint8), np.zeros(800, np.float32)
+    actions[::2], rewards[::2] = action, action == context
+    terminated = np.arange(800) % 2 == 0
+    buffer = OfflineReplayBuffer(
+        ArrayFrames(frames), actions, rewards, terminated, np.ones(400, np.int64), spaces.Box(0, 1, (2,)),
+        spaces.Discrete(2), device="cpu",
+    )  # fmt: skip
+    model = small(CQL, buffer, cql_alpha=0.1, learning_rate=0.01, target_update_interval=50)
+    model.learn(300, log_interval=None)
+    assert model.predict(np.eye(2, dtype=np.float32), deterministic=True)[0].tolist() == [0, 1]
+    assert model.replay_buffer.action_counts().sum() == 400
+
+
+# ---------------------------------------------------------------------- SB3's face
+
+
+@pytest.mark.parametrize("cls", [CQL, BC])
+def test_learn_predict_evaluate(cls: Any, cartpole: minari.MinariDataset) -> None:
+    model = small(cls, cartpole)
+    assert model.learn(60, log_interval=20) is model
+    assert model.num_timesteps == 60
+    env = make_eval_env(cartpole, n_envs=2)
+    actions, _ = model.predict(env.reset(), deterministic=True)
+    assert actions.shape == (2,)
+    assert model.predict(np.zeros(4, np.float32))[0].shape == ()
+    mean, _ = evaluate_policy(model, env, n_eval_episodes=2)
+    assert mean > 1
+
+
+def test_images_channel_first_and_last(breakout: minari.MinariDataset) -> None:
+    model = CQL("CnnPolicy", breakout, seed=0, device="cpu", policy_kwargs={"n_quantiles": 5}, batch_size=4)
+    model.learn(2)
+    first = np.random.default_rng(0).integers(0, 255, (3, 4, 84, 84), dtype=np.uint8)
+    batched = model.predict(first, deterministic=True)[0]
+    assert batched.shape == (3,)
+    assert model.predict(first[0], deterministic=True)[0] == batched[0]
+    assert (model.predict(np.moveaxis(first, 1, -1), deterministic=True)[0] == batched).all()
+    env = make_eval_env(breakout)
+    observation = env.reset()
+    assert observation.shape == (1, 4, 84, 84)
+    env.step(model.predict(observation)[0])
+
+
+class Watch(BaseCallback):
+    def __init__(self, stop_at: int | None = None) -> None:
+        super().__init__()
+        self.stop_at, self.calls = stop_at, []
+
+    def _on_training_start(self) -> None:
+        self.calls.append("start")
+
+    def _on_step(self) -> bool:
+        self.calls.append(self.num_timesteps)
+        return self.num_timesteps != self.stop_at
+
+    def _on_training_end(self) -> None:
+        self.calls.append("end")
+
+
+def test_callbacks(cartpole: minari.MinariDataset, tmp_path: Path) -> None:
+    model, watch = small(CQL, cartpole), Watch(stop_at=30)
+    evaluation = EvalCallback(
+        make_eval_env(cartpole), n_eval_episodes=1, eval_freq=10, log_path=str(tmp_path), verbose=0,
+        best_model_save_path=str(tmp_path),
+    )  # fmt: skip
+    model.learn(100, callback=[evaluation, CheckpointCallback(20, str(tmp_path)), watch], progress_bar=True)
+    assert watch.calls == ["start", *range(1, 31), "end"]
+    assert np.load(tmp_path / "evaluations.npz")["timesteps"].tolist() == [10, 20, 30]
+    assert {"best_model.zip", "rl_model_20_steps.zip"} <= {f.name for f in tmp_path.iterdir()}
+
+
+def test_vec_env_of_another_type_evaluates(cartpole: minari.MinariDataset) -> None:
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    env = VecNormalize(make_eval_env(cartpole), training=False, norm_obs=False, norm_reward=False)
+    small(CQL, cartpole).learn(5, callback=EvalCallback(env, n_eval_episodes=1, eval_freq=5, verbose=0))
+
+
+def test_logged_values(cartpole: minari.MinariDataset, tmp_path: Path) -> None:
+    model = small(CQL, cartpole, learning_rate=LinearSchedule(1e-3, 0.0, 1.0))
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(40, log_interval=10)
+    model.logger.close()
+    rows = np.genfromtxt(tmp_path / "progress.csv", delimiter=",", names=True, deletechars="")
+    wanted = {
+        "train/loss", "train/td_loss", "train/conservative_gap", "train/q_data", "train/q_best", "train/action_match",
+        "train/largest_data_return", "train/overestimation", "train/learning_rate", "train/n_updates", "time/fps",
+        "time/total_timesteps", "dataset/action_coverage", "dataset/behaviour_return",
+    }  # fmt: skip
+    assert wanted <= set(rows.dtype.names)
+    assert rows["time/total_timesteps"].tolist() == [10, 20, 30, 40]
+    np.testing.assert_allclose(
+        rows["train/loss"], rows["train/td_loss"] + model.cql_alpha * rows["train/conservative_gap"], rtol=1e-4
+    )
+    assert (rows["train/q_best"] >= rows["train/q_data"]).all()
+    # the schedule falls from 1e-3; the last of steps 1 to 10 starts with 9/40 done
+    assert rows["train/learning_rate"][0] == pytest.approx(1e-3 * (1 - 9 / 40))
+    largest = max(sum(0.99**t for t in range(len(episode))) for episode in cartpole)
+    assert rows["train/largest_data_return"][0] == pytest.approx(largest, rel=1e-4)
+    assert rows["dataset/action_coverage"][0] == pytest.approx(1, abs=0.05)
+
+
+def test_overestimation_is_warned_of(cartpole: minari.MinariDataset) -> None:
+    model = small(CQL, cartpole)
+    with th.no_grad():
+        model.quantile_net.quantile_net[-1].bias += 1000
+    with pytest.warns(UserWarning, match="overestimated"):
+        model.learn(2, log_interval=1)
+
+
+@pytest.mark.parametrize("cls", [CQL, BC])
+def test_same_seed_same_result_whatever_is_evaluated(cls: Any, cartpole: minari.MinariDataset) -> None:
+    results = []
+    for callback in (None, EvalCallback(make_eval_env(cartpole), n_eval_episodes=1, eval_freq=7, verbose=0)):
+        model = small(cls, cartpole)
+        model.learn(30, callback=callback)
+        results.append(parameters(model))
+    assert np.array_equal(*results)
+    other = small(cls, cartpole, seed=1)
+    other.learn(30)
+    assert not np.array_equal(results[0], parameters(other))
+
+
+@pytest.mark.parametrize("cls", [CQL, BC])
+def test_save_load_and_go_on_bit_for_bit(cls: Any, cartpole: minari.MinariDataset, tmp_path: Path) -> None:
+    whole = small(cls, cartpole)
+    whole.learn(40)
+    first = small(cls, cartpole)
+    first.learn(25)
+    first.save(tmp_path / "model")
+    loaded = cls.load(tmp_path / "model", device="cpu")
+    observations = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    assert (
+        loaded.predict(observations, deterministic=True)[0] == first.predict(observations, deterministic=True)[0]
+    ).all()
+    with pytest.raises(ValueError, match="set_dataset"):
+        loaded.learn(1)
+    loaded.set_dataset(cartpole)
+    loaded.learn(15, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 40
+    assert np.array_equal(parameters(loaded), parameters(whole))
+    assert (tmp_path / "model.zip").stat().st_size < 200_000  # the dataset is not in it
+
+
+def test_load_with_env_and_set_parameters(cartpole: minari.MinariDataset, tmp_path: Path) -> None:
+    model = small(CQL, cartpole, cql_alpha=2.5)
+    model.learn(3)
+    model.save(tmp_path / "model")
+    loaded = CQL.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 2), device="cpu")
+    assert loaded.cql_alpha == 2.5
+    assert loaded.n_envs == 2
+    other = small(CQL, cartpole, seed=5)
+    other.set_parameters(tmp_path / "model", device="cpu")
+    assert np.array_equal(parameters(other), parameters(model))
+
+
+@pytest.mark.parametrize("options", [{"torch_compile": True}, {"bf16": True}])
+def test_options_train(cartpole: minari.MinariDataset, options: dict[str, bool], tmp_path: Path) -> None:
+    plain, fast = small(CQL, cartpole), small(CQL, cartpole, **options)
+    for model in (plain, fast):
+        model.learn(5)
+    tolerance = 1e-4 if "torch_compile" in options else 5e-3
+    np.testing.assert_allclose(parameters(plain), parameters(fast), atol=tolerance)
+    fast.save(tmp_path / "model")
+    assert CQL.load(tmp_path / "model", device="cpu").policy is not None
+
+
+# ---------------------------------------------------------------------- datasets
+
+
+def test_dataset_by_object_id_path_and_buffer(cartpole: minari.MinariDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(cartpole.storage.data_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(path.parents[2]))
+    results = []
+    for dataset in (cartpole, "cartpole/random-v0", path.parent, str(path), load_minari(cartpole, device="cpu")):
+        model = small(CQL, dataset)
+        model.learn(3)
+        results.append(parameters(model))
+    assert all(np.array_equal(results[0], r) for r in results)
+
+
+def test_filled_sb3_buffer_is_a_dataset() -> None:
+    source = small(CQL, _one_step_dataset())
+    buffer = ReplayBuffer(10, spaces.Box(-2, 2, (1,)), spaces.Discrete(2), device="cpu")
+    with pytest.raises(ValueError, match="empty"):
+        small(CQL, buffer)
+    buffer.add(np.ones((1, 1)), np.ones((1, 1)), np.zeros((1, 1)), np.ones(1), np.zeros(1), [{}])
+    model = small(CQL, buffer)
+    model.learn(3)
+    assert not np.array_equal(parameters(model), parameters(source))
+
+
+def _one_step_dataset() -> OfflineReplayBuffer:
+    return OfflineReplayBuffer(
+        ArrayFrames(np.ones((2, 1), np.float32)), np.zeros(2, np.uint8), np.ones(2, np.float32), np.zeros(2, bool),
+        np.array([1]), spaces.Box(-2, 2, (1,)), spaces.Discrete(2), device="cpu",
+    )  # fmt: skip
+
+
+def test_n_steps(cartpole: minari.MinariDataset) -> None:
+    model = small(CQL, cartpole, n_steps=3)
+    batch = model.replay_buffer.sample(50)
+    assert batch.discounts is not None
+    assert batch.rewards.max().item() == pytest.approx(1 + 0.99 + 0.99**2)
+    model.learn(3)
+
+
+# ---------------------------------------------------------------------- online
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_learn_online(cartpole: minari.MinariDataset, n_envs: int, tmp_path: Path) -> None:
+    model = small(CQL, cartpole, train_freq=1)
+    model.learn(20)
+    start = parameters(model)
+    model.learn_online(
+        60, env=make_vec_env("CartPole-v1", n_envs), offline_fraction=0.25, cql_alpha=0.5, log_interval=1
+    )
+    assert isinstance(model.replay_buffer, MixedReplayBuffer)
+    assert model.replay_buffer.online.size() * n_envs == 60
+    assert model.replay_buffer.offline.size() == cartpole.total_steps
+    assert model.cql_alpha == 0.5
+    assert model.num_timesteps == 60
+    assert not np.array_equal(parameters(model), start)
+    model.save(tmp_path / "model")
+    assert (tmp_path / "model.zip").stat().st_size < 200_000
+    model.learn_online(20, reset_num_timesteps=False)
+    assert model.replay_buffer.online.size() * n_envs == 80
+    model.learn(5)
+    assert isinstance(model.replay_buffer, OfflineReplayBuffer)
+
+
+def test_learn_online_shares(cartpole: minari.MinariDataset) -> None:
+    model = small(CQL, cartpole, env="CartPole-v1", learning_starts=10)
+    for fraction in (0.0, 1.0):
+        model.learn_online(30, offline_fraction=fraction)
+        mixed, drawn = model.replay_buffer, []
+        offline_sample = mixed.offline.sample
+        mixed.offline.sample = lambda n, env=None, s=offline_sample, d=drawn: (d.append(n), s(n, env))[1]
+        assert mixed.sample(32).rewards.shape == (32, 1)
+        assert drawn == ([32] if fraction else [])
+        del mixed.offline.sample
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def test_environment_and_dataset_mixed_up(cartpole: minari.MinariDataset) -> None:
+    with pytest.raises(TypeError, match="env="):
+        CQL("MlpPolicy", gym.make("CartPole-v1"))
+    with pytest.raises(TypeError, match="environment id"):
+        CQL("MlpPolicy", "CartPole-v1")
+    with pytest.raises(TypeError, match="dataset"):
+        CQL("MlpPolicy", cartpole, env=cartpole)
+    with pytest.raises(ValueError, match="dataset="):
+        CQL("MlpPolicy", cartpole, env="cartpole/random-v0")
+    with pytest.raises(TypeError, match="needs a dataset"):
+        CQL("MlpPolicy")
+
+
+def test_wrong_policy(cartpole: minari.MinariDataset, breakout: minari.MinariDataset) -> None:
+    with pytest.raises(ValueError, match="Use 'MlpPolicy'"):
+        CQL("CnnPolicy", cartpole)
+    with pytest.raises(ValueError, match="Use 'CnnPolicy'"):
+        CQL("MlpPolicy", breakout)
+    with pytest.raises(ValueError, match="MultiInputPolicy"):
+        CQL("MultiInputPolicy", cartpole)
+    with pytest.raises(ValueError, match="unknown"):
+        CQL("CnnPolice", cartpole)
+
+
+def test_spaces_that_do_not_match(cartpole: minari.MinariDataset, breakout: minari.MinariDataset) -> None:
+    with pytest.raises(ValueError, match="action_space.*make_eval_env|observation_space.*make_eval_env"):
+        small(CQL, cartpole, env="Acrobot-v1")
+    with pytest.raises(ValueError, match="observation_space"):
+        small(CQL, cartpole).set_dataset(breakout)
+    model = small(CQL, cartpole)
+    with pytest.raises(ValueError, match="spaces do not match"):
+        model.learn_online(5, env="Acrobot-v1")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"cql_alpha": -1.0}, "cql_alpha"),
+        ({"cql_alpha": float("nan")}, "cql_alpha"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"n_steps": 0}, "n_steps"),
+        ({"target_update_interval": 0}, "target_update_interval"),
+        ({"dataset_kwargs": {"subset": 0.0}}, "subset"),
+        ({"dataset_kwargs": {"storage": "tape"}}, "storage"),
+    ],
+)
+def test_numbers_out_of_range(cartpole: minari.MinariDataset, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(CQL, cartpole, **kwargs)
+
+
+def test_online_needs_an_environment(cartpole: minari.MinariDataset) -> None:
+    with pytest.raises(ValueError, match="make_eval_env"):
+        small(CQL, cartpole).learn_online(5)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        small(CQL, cartpole).learn_online(5, env="CartPole-v1", offline_fraction=1.5)
+    with pytest.raises(NotImplementedError, match="CQL"):
+        small(BC, cartpole).learn_online(5)
+
+
+def test_continuous_actions() -> None:
+    dataset = record(None, gym.make("Pendulum-v1"), "tests/pendulum-v0", n_episodes=1)
+    with pytest.raises(DatasetError, match="Discrete actions"):
+        small(CQL, dataset)

@@ -152,12 +152,12 @@ def test_enjoy_needs_no_display_and_writes_videos(
 # ---------------------------------------------------------------------- interruption, going on
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
-    """Send the process a signal in the middle of a gradient step."""
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT, times: int = 1) -> None:
+    """Send the process signals in the middle of a gradient step."""
     original = CQL.compute_loss
 
     def compute_loss(self: CQL, batch: Any) -> Any:
-        if self.num_timesteps == step:
+        for _ in range(times if self.num_timesteps == step else 0):
             signal.raise_signal(number)
         return original(self, batch)
 
@@ -224,15 +224,7 @@ def test_trained_agent_trains_n_more_in_a_new_run(here: Path, capsys: pytest.Cap
 
 
 def test_second_signal_interrupts_at_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_at(monkeypatch, 33)
-    original = CQL.compute_loss
-
-    def compute_loss(self: CQL, batch: Any) -> Any:
-        if self.num_timesteps == 33:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, batch)
-
-    monkeypatch.setattr(CQL, "compute_loss", compute_loss)
+    stop_at(monkeypatch, 33, times=2)
     assert train(*SMALL) == 130
     assert not find_run("logs", "cql", NAME).final.exists()
 

@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run the command line.
 
     :param argv: the words after ``sb3x``; default those of the process
-    :return: exit code: 0, 2 for a mistake of the user's, 130 if interrupted before training began
+    :return: exit code: 0, 2 for a mistake of the user's, 130 if interrupted without saving
     """
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)

@@ -3,17 +3,18 @@ Gradient steps per second of CQL on Atari frames, on a CPU: ours, d3rlpy, tiansh
 
     uv run python benchmarks/cql_speed.py --threads 2
 
-All do the same: batches of 32 stacks of four 84x84 frames of real Breakout, drawn while training; Nature CNN, 200 quantiles,
-4 actions, float32, Adam with lr 5e-5 and eps 1e-2/32, gamma 0.99, cql_alpha 4, target update every 2000 steps, rewards in
-[-1, 1]. Ours runs its real ``learn`` with callback, metrics and a log line every 20 steps (the default is every 1000);
-d3rlpy and tianshou run sampling and ``update`` only, without the bookkeeping of their ``fit`` and trainer. The bare loop has no
-sampling at all: one forward pass of each network, the same loss, fused Adam, channels_last. bf16 is worth it only where the
-processor has it.
+All do the same: batches of 32 stacks of four 84x84 frames of real Breakout, drawn while training; Nature CNN, 200
+quantiles, 4 actions, float32, Adam with lr 5e-5 and eps 1e-2/32, gamma 0.99, cql_alpha 4, target update every 2000
+steps, rewards in [-1, 1]. Ours runs its real ``learn`` with callback, metrics and a log line every 20 steps (the
+default is every 1000); d3rlpy and tianshou run sampling and ``update`` only, without the bookkeeping of their ``fit``
+and trainer. The bare loop has no sampling at all: one forward pass of each network, the same loss, fused Adam,
+channels_last. bf16 is worth it only where the processor has it.
 
-Every contestant is a process of its own, the peers in isolated environments that uv builds. Blocks are interleaved (A B C
-A B C ...). Steps per second come from the median block, ratios from the median over rounds of the ratio within a round; the
-spread is from the first to the third quartile. About 4 minutes, after a first run that records frames and fetches the peers;
---quick only shows that everything works. Nothing else should run on the machine: see the column "others".
+Every contestant is a process of its own, the peers in isolated environments that uv builds. Blocks are interleaved (A
+B C A B C ...). Steps per second come from the median block, ratios from the median over rounds of the ratio within a
+round; the spread is from the first to the third quartile. "others" is the share of the machine that other processes
+used meanwhile; it should be near zero. --quick only shows that everything works. The first run records frames and
+fetches the peers, which takes a few minutes more.
 """
 
 from __future__ import annotations
@@ -48,18 +49,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny: does everything run?")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help=f"some of: {', '.join(names)}")
     parser.add_argument("--rounds", type=int, help="timed blocks of each contestant (default 15)")
-    parser.add_argument(
-        "--work", type=Path, help="folder that keeps the frames (default: in the system's temporary folder)"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="results file (default: benchmarks/results/speed; with --quick in --work)"
-    )
+    parser.add_argument("--work", type=Path, help="folder that keeps the frames (default: in the temporary folder)")
+    parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/speed; --quick: in --work)")
     args = parser.parse_args()
     names = args.only or names
 
     started = time.time()
     folder = work_folder(args.work, args.quick)
-    prepare(folder, *((1500, 300, 3000) if args.quick else (20_000, 1000, 100_000)))
+    prepare(folder, args.quick)
     machine = blocks.machine()
     contestants: dict[str, blocks.Contestant] = {}
     print("starting the contestants (the first time uv fetches the peers) ...", flush=True)

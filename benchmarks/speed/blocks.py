@@ -1,9 +1,9 @@
 """
 Interleaved timing of contestants that cannot share a process or an environment.
 
-Needs the standard library only, because it is also imported inside the peers' own environments. A contestant is a process
-that says ``ready`` and then, for every number of steps it reads from its input, runs them and answers with seconds. The
-driver goes round all contestants block by block, so that a busy moment of the machine hits all of them alike.
+Needs the standard library only, because it is also imported inside the peers' own environments. A contestant is a
+process that says ``ready`` and then, for every number of steps it reads from its input, runs them and answers with
+seconds. The driver goes round all contestants block by block, so that a busy moment hits all of them alike.
 """
 
 from __future__ import annotations
@@ -139,7 +139,10 @@ class Contestant:
         except OSError as error:
             self._process, self.error = None, str(error)
 
-    def _read(self) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
+        """Next answer; RuntimeError with the last line of its log if the process died."""
+        if self.error is not None:
+            raise RuntimeError(self.error)
         assert self._process is not None
         assert self._process.stdout is not None
         while line := self._process.stdout.readline():
@@ -150,11 +153,24 @@ class Contestant:
         lines = [x.strip() for x in self._log.read().splitlines() if x.strip()]
         raise RuntimeError(lines[-1] if lines else f"exit status {self._process.wait()}")
 
+    def ask(self, line: str) -> dict[str, Any]:
+        """
+        Send a line and wait for the answer.
+
+        :param line: a block's number of steps, or a job
+        :return: the answer
+        """
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self.read()
+
     def wait_ready(self) -> None:
         """Wait for the process; a failure is kept in ``error``."""
         if self.error is None:
             try:
-                self.meta = self._read()["ready"]
+                self.meta = self.read()["ready"]
             except (RuntimeError, KeyError, json.JSONDecodeError) as error:
                 self.error = str(error)
 
@@ -167,13 +183,9 @@ class Contestant:
         """
         if self.error is not None:
             return
-        assert self._process is not None
-        assert self._process.stdin is not None
         try:
             busy, start = _busy_seconds(), time.perf_counter()
-            self._process.stdin.write(f"{steps}\n")
-            self._process.stdin.flush()
-            answer = self._read()
+            answer = self.ask(str(steps))
         except (RuntimeError, OSError, json.JSONDecodeError) as error:
             self.error = str(error)
             return
@@ -212,25 +224,13 @@ def peer_command(peer: str, *arguments: str) -> list[str]:
     """Command line that starts a peer's worker in its own environment; the peer's name comes first in its arguments."""
     packages = [flag for requirement in PEERS[peer] for flag in ("--with", requirement)]
     worker = str(Path(__file__).resolve().parent / "peers.py")
-    return [
-        "uv",
-        "run",
-        "-q",
-        "--isolated",
-        "--no-project",
-        "--python",
-        "3.11",
-        *packages,
-        "python",
-        worker,
-        peer,
-        *arguments,
-    ]
+    uv = ["uv", "run", "-q", "--isolated", "--no-project", "--python", "3.11"]
+    return [*uv, *packages, "python", worker, peer, *arguments]
 
 
-def own_command(*arguments: str) -> list[str]:
+def own_command(*arguments: str, script: str = "ours.py") -> list[str]:
     """Command line that starts one of our workers."""
-    return [sys.executable, str(Path(__file__).resolve().parent / "ours.py"), *arguments]
+    return [sys.executable, str(Path(__file__).resolve().parent / script), *arguments]
 
 
 def measure(contestants: list[Contestant], rounds: int, steps: dict[str, int], warm_up: int) -> None:
@@ -276,10 +276,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(str(row[k])) for row in [header, *rows]) for k in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        parts = [
-            str(c).ljust(w) if k == 0 else str(c).rjust(w) for k, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "| " + " | ".join(parts) + " |"
+        padded = [str(c).rjust(w) if k else str(c).ljust(w) for k, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "| " + " | ".join(padded) + " |"
 
     rule = "|" + "|".join("-" * (w + 2) if k == 0 else "-" * (w + 1) + ":" for k, w in enumerate(widths)) + "|"
     return "\n".join([line(header), rule, *map(line, rows)])

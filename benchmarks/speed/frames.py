@@ -43,7 +43,7 @@ def tracking_player(env: gym.Env[Any, Any], seed: int = 0) -> Callable[[Any], in
     return act
 
 
-def prepare(folder: Path, steps: int, episode_steps: int, tiled: int) -> Path:
+def prepare(folder: Path, quick: bool) -> None:
     """
     Record the datasets and export their frames, if that was not done yet.
 
@@ -52,15 +52,14 @@ def prepare(folder: Path, steps: int, episode_steps: int, tiled: int) -> Path:
     ``frames.npy`` with T + 1 frames per episode of T steps, and ``arrays.npz``.
 
     :param folder: the work folder
-    :param steps: environment steps to record, whole episodes
-    :param episode_steps: an episode is cut after this many
-    :param tiled: steps of the large dataset
-    :return: the work folder
+    :param quick: far too little to measure anything
     """
+    # steps to record, in whole episodes; where an episode is cut; steps of the large dataset
+    steps, episode_steps, tiled = (1500, 300, 3000) if quick else (20_000, 1000, 100_000)
     marker = folder / f"recorded-{steps}-{episode_steps}-{tiled}"
     os.environ.update(environ(folder))
     if marker.exists():
-        return folder
+        return
     from sb3_ext.data import collect_episodes, make_atari_env, write_dataset
 
     print(f"recording {steps} steps of Breakout into {folder} ...", flush=True)
@@ -85,7 +84,6 @@ def prepare(folder: Path, steps: int, episode_steps: int, tiled: int) -> Path:
     _export("speed/parquet-v0", folder / "frames")
     _export("speed/tiled-v0", folder / "tiled")
     marker.touch()
-    return folder
 
 
 def _export(dataset_id: str, folder: Path) -> None:

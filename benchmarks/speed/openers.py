@@ -1,8 +1,8 @@
 """
 Opening datasets, each time in a fresh process in which all imports are done; started by data_speed.py.
 
-Reads one job per line, ``{"what": "minari"|"open"|"memory", "dataset": ..., "storage": ..., "cache": ...}``, forks, does it in
-the child and answers with what the child measured.
+Reads one job per line, ``{"what": "minari"|"open"|"memory", "dataset": ..., "storage": ..., "cache": ...}``, forks,
+does it in the child and answers with what the child measured.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 # everything either side may import on first use
 import h5py  # noqa: F401
 import minari
+import minari.dataset._storages.arrow_storage
+import minari.dataset._storages.hdf5_storage
 import pyarrow.dataset
 import pyarrow.parquet  # noqa: F401
 import torch as th

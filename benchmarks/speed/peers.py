@@ -75,7 +75,7 @@ def d3rlpy_step(dataset: Any) -> Callable[[], Any]:
 
 
 def tianshou_buffer(data: dict[str, NDArray[Any]]) -> Any:
-    """Build a buffer that keeps single frames. It is filled at once: ``add`` takes half a millisecond per transition."""
+    """Build a buffer of single frames, filled at once: ``add`` takes half a millisecond per transition."""
     from tianshou.data import Batch, ReplayBuffer
 
     size = len(data["actions"])

@@ -448,6 +448,8 @@ def test_mistakes_in_names(here: Path, capsys: pytest.CaptureFixture[str], monke
     fails(capsys, run("--algo", "cql", "--dataset", DATASET, "--env", "Acrobot-v1"), "observation_space")
     fails(capsys, run("--algo", "cql", "--dataset", DATASET, "--save-replay-buffer"), "--save-replay-buffer")
     fails(capsys, run("--algo", "dqn"), "--env")
+    fails(capsys, run("--algo", "dqn", "--env", "zzzz"), "no environment 'zzzz'", "...")
+    fails(capsys, run("--algo", "dqn", "--env", "no_such_module:E-v0"), "no_such_module")
     fails(capsys, run("--algo", "dqn", "--env", "CartPole-v1", "--dataset", DATASET), "--env instead of --dataset")
     fails(capsys, run("--algo", "dqn", "--env", "Pendulum-v1"), "Discrete")
     fails(capsys, enjoy("--dataset", DATASET), "no run of", "none")

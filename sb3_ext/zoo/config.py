@@ -49,7 +49,10 @@ def hint(word: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=3)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names) or 'none'}."
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    shown = [*names[:20], *(["..."] if len(names) > 20 else [])]
+    return f"known: {', '.join(shown) or 'none'}."
 
 
 @contextmanager

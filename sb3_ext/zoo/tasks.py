@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ def _download(dataset: str) -> dict[str, Any] | None:
     try:
         minari.download_dataset(dataset)
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 120)
         raise ZooError(
             f"The dataset {dataset!r} is not on this machine and could not be downloaded ({reason}); "
             + hint(dataset, minari.list_local_datasets())

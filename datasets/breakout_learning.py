@@ -1,7 +1,7 @@
 """
 Breakout from random play to the best a PPO reached, in the order it was played: ``atari/breakout/ppo-learning-v0``.
 
-    uv run datasets/breakout_learning.py --steps 1500000
+    uv run datasets/breakout_learning.py --steps 400000
 
 A PPO agent (SB3, zoo settings for Atari, a smaller network) learns under the protocol of the DQN Replay Dataset. Below
 its own wrappers (a lost life ends the episode, fire on reset, clipped rewards) a recorder keeps a share of the games.
@@ -45,8 +45,8 @@ DATASET_ID = "atari/breakout/ppo-learning-v0"
 def main() -> None:
     """Train, record, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1_500_000)
-    parser.add_argument("--keep", type=float, default=0.25, help="share of the games to keep")
+    parser.add_argument("--steps", type=int, default=400_000)
+    parser.add_argument("--keep", type=float, default=0.6, help="share of the games to keep")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--id", default=DATASET_ID)
     parser.add_argument("--threads", type=int, default=1)

@@ -45,7 +45,8 @@ class CQL(OfflineQRDQN):
     :param target_update_interval: **gradient steps** (not environment steps as in QRDQN) between target updates
     :param exploration_fraction: online: share of the steps over which epsilon falls
     :param exploration_initial_eps: online: first epsilon
-    :param exploration_final_eps: online: last epsilon
+    :param exploration_final_eps: share of random actions in ``predict(deterministic=False)`` after offline training,
+        and the last epsilon online; the paper evaluates with 0.001
     :param max_grad_norm: gradient clipping; None for none
     :param cql_alpha: weight of the conservative term. Higher stays closer to the data (use it for little or narrow
         data), lower trusts the values more; 0 is offline QR-DQN. The paper uses 4 for 1 % and 1 for 10 % of a replay

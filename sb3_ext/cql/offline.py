@@ -197,6 +197,7 @@ class OfflineQRDQN(QRDQN):
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         callback.on_training_start(locals(), globals())
+        self.exploration_rate = self.exploration_final_eps  # nothing is explored: what predict() does when not greedy
         self._log_coverage()
         while self.num_timesteps < total_timesteps:
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)

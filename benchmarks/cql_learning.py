@@ -190,13 +190,15 @@ class Curve(BaseCallback):
         return True
 
 
-def run(task: str, algo: str, seed: int, work: Path, steps: int | None, overrides: dict[str, Any]) -> Path:
+def run(
+    task: str, algo: str, seed: int, work: Path, steps: int | None, overrides: dict[str, Any], results: Path
+) -> None:
     """Train one algorithm on one seed, or go on with it; write its result."""
     settings = TASKS[task]
     name = f"{task}_{algo}_seed{seed}"
-    result = RESULTS / f"{name}.json"
+    result = results / f"{name}.json"
     if result.exists() and not overrides:
-        return result
+        return
     state = work / name
     state.mkdir(parents=True, exist_ok=True)
     dataset, total = settings["dataset"], steps or settings["steps"]
@@ -219,8 +221,8 @@ def run(task: str, algo: str, seed: int, work: Path, steps: int | None, override
     shown = {k: v for k, v in kwargs.items() if k != "policy_kwargs"}
     shown["policy_kwargs"] = json.loads(json.dumps(kwargs.get("policy_kwargs", {}), default=lambda c: c.__name__))
     if overrides:
-        return state
-    RESULTS.mkdir(parents=True, exist_ok=True)
+        return
+    results.mkdir(parents=True, exist_ok=True)
     facts = {
         "task": task, "algo": algo, "seed": seed, "settings": shown, "dataset": model.dataset_info, "curve": curve,
         "command": f"uv run --all-extras benchmarks/cql_learning.py --task {task} --algos {algo} --seeds {seed}",
@@ -229,7 +231,6 @@ def run(task: str, algo: str, seed: int, work: Path, steps: int | None, override
         "hardware": {"cpu": _cpu(), "threads": th.get_num_threads(), "device": str(model.device)},
     }  # fmt: skip
     result.write_text(json.dumps(facts))
-    return result
 
 
 def _cpu() -> str:
@@ -238,9 +239,9 @@ def _cpu() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def table() -> None:
+def table(results: Path) -> None:
     """Print the mean over seeds of the last evaluation, and of the best one."""
-    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    runs = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     print(
         "| task | behaviour | algorithm | seeds | steps | last, mean over seeds | each seed | best evaluation, mean |"
     )
@@ -269,13 +270,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="stop earlier or later than the task says")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("logs/learning"), help="where unfinished runs are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where finished runs are written")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=JSON", help="trial runs: override settings, no result"
     )
     parser.add_argument("--table", action="store_true", help="only print the table of all results")
     args = parser.parse_args()
     if args.table:
-        table()
+        table(args.results)
         return
     if args.task is None:
         parser.error("--task is needed")
@@ -284,7 +286,7 @@ def main() -> None:
     overrides = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
     for seed in args.seeds:
         for algo in args.algos:
-            run(args.task, algo, seed, args.work, args.steps, overrides)
+            run(args.task, algo, seed, args.work, args.steps, overrides, args.results)
 
 
 if __name__ == "__main__":

@@ -86,8 +86,13 @@ def test_cql_signature_differs_from_qrdqn_only_as_intended() -> None:
     }
     different = {name for name, (a, b) in defaults.items() if a != b}
     assert different == {
-        "env", "buffer_size", "learning_starts", "target_update_interval", "exploration_fraction", "exploration_initial_eps",
-    }  # fmt: skip
+        "env",
+        "buffer_size",
+        "learning_starts",
+        "target_update_interval",
+        "exploration_fraction",
+        "exploration_initial_eps",
+    }
 
 
 @pytest.mark.parametrize("name", sb3_ext.__all__)

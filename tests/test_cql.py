@@ -390,7 +390,7 @@ def test_wrong_policy(cartpole: minari.MinariDataset, breakout: minari.MinariDat
 
 
 def test_spaces_that_do_not_match(cartpole: minari.MinariDataset, breakout: minari.MinariDataset) -> None:
-    with pytest.raises(ValueError, match="action_space.*make_eval_env|observation_space.*make_eval_env"):
+    with pytest.raises(ValueError, match=r"action_space.*make_eval_env|observation_space.*make_eval_env"):
         small(CQL, cartpole, env="Acrobot-v1")
     with pytest.raises(ValueError, match="observation_space"):
         small(CQL, cartpole).set_dataset(breakout)

@@ -97,6 +97,8 @@ def summary(contestants: dict[str, blocks.Contestant]) -> dict[str, dict[str, fl
     for what, slow, fast, goal, _ in GOALS:
         if slow in contestants and fast in contestants:
             values = blocks.ratios(contestants[slow], contestants[fast])
+            if not values:
+                continue
             low, high = blocks.spread(values)
             result[what] = {"ratio": blocks.middle(values), "quartile_1": low, "quartile_3": high, "goal": goal}
     return result

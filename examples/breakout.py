@@ -25,11 +25,11 @@ args = parser.parse_args()
 if DATASET not in minari.list_local_datasets():  # 20,000 steps of a scripted player, made in about a minute
     subprocess.run([sys.executable, str(Path(__file__).parents[1] / "datasets" / "breakout_scripted.py")], check=True)
 model = CQL("CnnPolicy", DATASET, learning_rate=3e-4, target_update_interval=500, clip_rewards=True, seed=0)
-env = make_eval_env(DATASET, n_envs=5, seed=0, max_episode_steps=4 * 2000)  # games end after 2,000 agent steps
-every = max(args.steps // 8, 1)
-evaluate = EvalCallback(env, n_eval_episodes=10, eval_freq=every, log_path=args.out, deterministic=False)
+env = make_eval_env(DATASET, n_envs=5, seed=0, max_episode_steps=4 * 1000)  # games end after 1,000 agent steps
+every = max(args.steps // 6, 1)
+evaluate = EvalCallback(env, None, None, 5, every, args.out, str(args.out), deterministic=False, verbose=0)
 model.learn(args.steps, callback=evaluate, progress_bar=True)
-model.save(args.out / "model")
+model = CQL.load(args.out / "best_model")  # offline Q-learning over-trains: keep the best on the way
 
 score, spread = evaluate_policy(model, env, args.episodes, deterministic=False)
 data = model.dataset_info["behaviour_return"]["mean"]
@@ -39,7 +39,7 @@ random = np.mean(
 print(f"Breakout: CQL {score:.1f} +- {spread:.1f}, the data's own average {data:.1f}, a random policy {random:.1f}")
 
 curve = np.load(args.out / "evaluations.npz")
-plt.plot(curve["timesteps"], curve["results"].mean(axis=1), marker="o", label="CQL, mean of 10 games")
+plt.plot(curve["timesteps"], curve["results"].mean(axis=1), marker="o", label="CQL, mean of 5 games")
 plt.axhline(data, ls="--", c="gray", label="the data's own average")
 plt.axhline(random, ls=":", c="gray", label="random policy")
 plt.gca().set(xlabel="gradient steps", ylabel="score", title="Breakout, offline")
@@ -51,4 +51,4 @@ while not done[0] and len(pictures) < 1500:
     observation, _, done, _ = movie.step(model.predict(observation)[0])
     pictures.append(movie.render())
 imageio.mimsave(args.out / "agent.gif", pictures[::2], fps=15)
-print(f"Wrote curve.png, agent.gif and model.zip to {args.out}")
+print(f"Wrote curve.png, agent.gif and best_model.zip to {args.out}")

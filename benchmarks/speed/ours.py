@@ -23,7 +23,7 @@ from sb3_ext.common.losses import quantile_huber_loss
 
 BATCH, QUANTILES, ACTIONS = 32, 200, 4
 LEARNING_RATE, GAMMA, ALPHA, TARGET_UPDATE = 5e-5, 0.99, 4.0, 2000
-LOG_EVERY = 20
+LOG_EVERY = 15
 """As often as a block is long; the default is 1000, so logging costs more here than for a user."""
 
 

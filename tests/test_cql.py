@@ -429,3 +429,11 @@ def test_continuous_actions() -> None:
     dataset = record(None, gym.make("Pendulum-v1"), "tests/pendulum-v0", n_episodes=1)
     with pytest.raises(DatasetError, match="Discrete actions"):
         small(CQL, dataset)
+
+
+def test_shortcut_for_images_equals_the_network(breakout: minari.MinariDataset) -> None:
+    model = CQL("CnnPolicy", breakout, seed=0, device="cpu", policy_kwargs={"n_quantiles": 5})
+    observations = model.replay_buffer.sample(8).observations
+    before = observations.clone()
+    assert th.equal(model._online_forward(observations), model.quantile_net(observations))
+    assert th.equal(observations, before)

@@ -83,6 +83,7 @@ class BlockFrames:
         dtype: np.dtype[Any],
     ) -> None:
         self.data, self.offsets, self.length, self.shape, self.dtype = data, offsets, length, shape, dtype
+        self._frame_bytes = int(np.prod(shape)) * dtype.itemsize
         self._decoder = zstandard.ZstdDecompressor()
 
     def __len__(self) -> int:
@@ -116,7 +117,7 @@ class BlockFrames:
         count = min(BLOCK, self.length - number * BLOCK)
         try:
             # before decoding, because a damaged header may ask for any amount of memory
-            if zstandard.frame_content_size(data) != count * int(np.prod(self.shape)) * self.dtype.itemsize:
+            if zstandard.frame_content_size(data) != count * self._frame_bytes:
                 raise zstandard.ZstdError("wrong size")
             raw = self._decoder.decompress(data)
         except zstandard.ZstdError as error:

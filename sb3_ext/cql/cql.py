@@ -156,8 +156,6 @@ class CQL(OfflineQRDQN):
         self._setup_model()
 
     def _forward(self, net: Any, observations: th.Tensor) -> th.Tensor:
-        if observations.ndim == 4:  # images: before they become floats, this costs a quarter
-            observations = observations.contiguous(memory_format=th.channels_last)
         with th.autocast(self.device.type, th.bfloat16, enabled=self.bf16):
             quantiles: th.Tensor = net(observations)
         return quantiles.float()

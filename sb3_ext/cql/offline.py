@@ -7,14 +7,17 @@ import pathlib
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.qrdqn.policies import QuantileNetwork
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import configure_logger, polyak_update
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
@@ -42,6 +45,8 @@ class OfflineQRDQN(QRDQN):
     _offline_buffer: ReplayBuffer
     _policy_name: str | None
     _sampler_state: dict[str, Any] | None
+    _online_forward: Callable[[th.Tensor], th.Tensor]
+    _target_forward: Callable[[th.Tensor], th.Tensor]
 
     def _attach(self, dataset: DatasetLike | ReplayBuffer) -> None:
         """Load and check the dataset; take the spaces from it, or compare them with the environment's."""
@@ -118,7 +123,8 @@ class OfflineQRDQN(QRDQN):
         self.replay_buffer_class, self.replay_buffer_kwargs = None, {}
         self.policy = self.policy.to(memory_format=th.channels_last)
         self._create_aliases()
-        self._online_forward, self._target_forward = self.quantile_net.forward, self.quantile_net_target.forward
+        self._online_forward = partial(_quantiles, self.quantile_net)
+        self._target_forward = partial(_quantiles, self.quantile_net_target)
         if self.torch_compile:
             self._online_forward = th.compile(self._online_forward)
             self._target_forward = th.compile(self._target_forward)
@@ -285,3 +291,13 @@ class OfflineQRDQN(QRDQN):
             "_target_forward",
             "_offline",
         ]
+
+
+def _quantiles(net: QuantileNetwork, observations: th.Tensor) -> th.Tensor:
+    """``net(observations)``, bit for bit; images are laid out channels last and scaled in place, without copies."""
+    if not (net.normalize_images and is_image_space(net.observation_space)):
+        quantiles: th.Tensor = net(observations)
+        return quantiles
+    pixels = observations.to(th.float32, memory_format=th.channels_last, copy=True).div_(255.0)
+    flat: th.Tensor = net.quantile_net(net.features_extractor(pixels))
+    return flat.view(-1, net.n_quantiles, int(net.action_space.n))

@@ -113,6 +113,10 @@ class Source:
                     f"{_AGAIN}"
                 )
             yield checked
+        if storage.FORMAT != "hdf5":
+            import pyarrow  # here, because it takes a second and HDF5 does without
+
+            pyarrow.default_memory_pool().release_unused()  # or it keeps about 100 MB for the process's life
 
     def warn_if_lossy(self) -> None:
         """Warn when the images went through JPEG."""

@@ -56,7 +56,7 @@ class CQL(OfflineQRDQN):
     :param clip_rewards: clip rewards to [-1, 1], as the DQN Replay Dataset has them
     :param dataset_kwargs: further arguments of :func:`~sb3_ext.data.load_minari`: ``frame_stack``, ``subset``,
         ``storage``, ...
-    :param torch_compile: compile the networks' forward pass (about 10 to 20 s at the start, then faster)
+    :param torch_compile: compile the networks' forward pass: 10 to 20 s at the start; measure whether it gains anything
     :param bf16: run the networks in bfloat16 (fast where the processor has it, slow where it does not)
     :param stats_window_size: as in SB3
     :param tensorboard_log: as in SB3

@@ -43,6 +43,15 @@ RESULTS = HERE / "results" / "learning"
 
 MINATAR_POLICY = {"features_extractor_class": MinAtarCNN, "net_arch": [], "n_quantiles": 50, "normalize_images": False}
 
+CATCH = {
+    "policy": "CnnPolicy",
+    "steps": 8_000,
+    "eval_every": 1_000,
+    "eval_episodes": 200,
+    "common": {"learning_rate": 1e-4},
+    "cql": {"target_update_interval": 500, "cql_alpha": 4.0},
+}
+
 TASKS: dict[str, dict[str, Any]] = {
     "cartpole": {
         "dataset": "sb3ext/cartpole/ppo-learning-v0",
@@ -66,24 +75,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "common": {"learning_rate": 3e-4, "policy_kwargs": MINATAR_POLICY, "batch_size": 64},
         "cql": {"target_update_interval": 1000, "cql_alpha": 1.0},
     },
-    "catch-random": {
-        "dataset": "sb3ext/catch/random-v0",
-        "policy": "CnnPolicy",
-        "steps": 8_000,
-        "eval_every": 1_000,
-        "eval_episodes": 200,
-        "common": {"learning_rate": 1e-4},
-        "cql": {"target_update_interval": 500, "cql_alpha": 4.0},
-    },
-    "catch-narrow": {
-        "dataset": "sb3ext/catch/narrow-v0",
-        "policy": "CnnPolicy",
-        "steps": 8_000,
-        "eval_every": 1_000,
-        "eval_episodes": 200,
-        "common": {"learning_rate": 1e-4},
-        "cql": {"target_update_interval": 500, "cql_alpha": 4.0},
-    },
+    "catch-random": {"dataset": "sb3ext/catch/random-v0", **CATCH},
+    "catch-narrow": {"dataset": "sb3ext/catch/narrow-v0", **CATCH},
     "breakout": {
         "dataset": "atari/breakout/ppo-learning-v0",
         "policy": "CnnPolicy",

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import gymnasium as gym
 import torch as th
 from sb3_contrib.qrdqn.policies import QRDQNPolicy
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 
@@ -247,7 +247,5 @@ class CQL(OfflineQRDQN):
         kind: type[ReplayBuffer] = ReplayBuffer
         kwargs: dict[str, Any] = {}
         if self.n_steps > 1:
-            from stable_baselines3.common.buffers import NStepReplayBuffer
-
             kind, kwargs = NStepReplayBuffer, {"n_steps": self.n_steps, "gamma": self.gamma}
         return kind(self.buffer_size, self.observation_space, self.action_space, self.device, self.n_envs, **kwargs)

@@ -121,10 +121,11 @@ class OfflineQRDQN(QRDQN):
             super()._setup_model()
         self.buffer_size, self.replay_buffer = size, buffer
         self.replay_buffer_class, self.replay_buffer_kwargs = None, {}
-        self.policy = self.policy.to(memory_format=th.channels_last)
-        self._create_aliases()
-        self._online_forward = partial(_quantiles, self.quantile_net)
-        self._target_forward = partial(_quantiles, self.quantile_net_target)
+        self.policy.to(memory_format=th.channels_last)
+        self._online_forward, self._target_forward = self.quantile_net.forward, self.quantile_net_target.forward
+        if self.quantile_net.normalize_images and is_image_space(self.observation_space):
+            self._online_forward = partial(_quantiles_of_images, self.quantile_net)
+            self._target_forward = partial(_quantiles_of_images, self.quantile_net_target)
         if self.torch_compile:
             self._online_forward = th.compile(self._online_forward)
             self._target_forward = th.compile(self._target_forward)
@@ -293,11 +294,8 @@ class OfflineQRDQN(QRDQN):
         ]
 
 
-def _quantiles(net: QuantileNetwork, observations: th.Tensor) -> th.Tensor:
-    """``net(observations)``, bit for bit; images are laid out channels last and scaled in place, without copies."""
-    if not (net.normalize_images and is_image_space(net.observation_space)):
-        quantiles: th.Tensor = net(observations)
-        return quantiles
+def _quantiles_of_images(net: QuantileNetwork, observations: th.Tensor) -> th.Tensor:
+    """``net(observations)``, bit for bit; pixels are laid out channels last and scaled in place, without copies."""
     pixels = observations.to(th.float32, memory_format=th.channels_last, copy=True).div_(255.0)
     flat: th.Tensor = net.quantile_net(net.features_extractor(pixels))
     return flat.view(-1, net.n_quantiles, int(net.action_space.n))

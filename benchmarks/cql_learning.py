@@ -48,7 +48,7 @@ CATCH = {
     "steps": 8_000,
     "eval_every": 1_000,
     "eval_episodes": 200,
-    "common": {"learning_rate": 1e-4},
+    "common": {"learning_rate": 1e-4, "bf16": True},
     "cql": {"target_update_interval": 500, "cql_alpha": 4.0},
 }
 
@@ -78,12 +78,13 @@ TASKS: dict[str, dict[str, Any]] = {
     "catch-random": {"dataset": "sb3ext/catch/random-v0", **CATCH},
     "catch-narrow": {"dataset": "sb3ext/catch/narrow-v0", **CATCH},
     "breakout": {
-        "dataset": "atari/breakout/ppo-learning-v0",
+        "dataset": "atari/breakout/mixed-v0",
         "policy": "CnnPolicy",
         "steps": 150_000,
-        "eval_every": 10_000,
+        "eval_every": 15_000,
         "eval_episodes": 20,
-        "common": {"learning_rate": 5e-5},
+        "eval_kwargs": {"max_episode_steps": 12_000},  # 3,000 agent steps: a greedy policy that never fires stands still
+        "common": {"learning_rate": 5e-5, "bf16": True},
         "cql": {"target_update_interval": 2000, "cql_alpha": 4.0, "clip_rewards": True},
     },
 }
@@ -104,7 +105,7 @@ def _ppo_log(env_id: str, steps: int, keep: float, seed: int, **ppo: Any) -> lis
 
 
 def make_data(task: str) -> None:
-    """Make the dataset of a task if it is not here; Breakout's comes from datasets/breakout_learning.py."""
+    """Make the dataset of a task if it is not here; Breakout's comes from datasets/breakout_scripted.py."""
     dataset_id = TASKS[task]["dataset"]
     if dataset_id in minari.list_local_datasets():
         return
@@ -134,7 +135,7 @@ def make_data(task: str) -> None:
         episodes = collect_episodes(play, env, n_episodes=3000, seed=7)
         how["description"] = f"3000 episodes of a perfect player that moves at random {share:.0%} of the time."
     else:
-        sys.exit("Run first: uv run datasets/breakout_learning.py")
+        sys.exit("Make the dataset first: the second command at the top of datasets/breakout_scripted.py.")
     name = "scripted" if task.startswith("catch") else "PPO"
     write_dataset(dataset_id, episodes, env, algorithm_name=name, **how)
 
@@ -206,7 +207,7 @@ def run(
         curve = json.loads((state / "curve.json").read_text())
     else:
         model = kind(settings["policy"], dataset, seed=seed, device="auto", **kwargs)
-    env = make_eval_env(dataset, n_envs=10, seed=seed)
+    env = make_eval_env(dataset, n_envs=10, seed=seed, **settings.get("eval_kwargs", {}))
     callback = Curve(env, settings["eval_every"], settings["eval_episodes"], state, curve)
     left = total - model.num_timesteps
     if left > 0:

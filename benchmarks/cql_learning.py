@@ -69,11 +69,11 @@ TASKS: dict[str, dict[str, Any]] = {
     "minatar": {
         "dataset": "sb3ext/minatar-breakout/ppo-learning-v0",
         "policy": "MlpPolicy",
-        "steps": 60_000,
+        "steps": 40_000,
         "eval_every": 10_000,
         "eval_episodes": 100,
         "common": {"learning_rate": 3e-4, "policy_kwargs": MINATAR_POLICY, "batch_size": 64},
-        "cql": {"target_update_interval": 1000, "cql_alpha": 1.0},
+        "cql": {"target_update_interval": 1000, "cql_alpha": 5.0},
     },
     "catch-random": {"dataset": "sb3ext/catch/random-v0", **CATCH},
     "catch-narrow": {"dataset": "sb3ext/catch/narrow-v0", **CATCH},
@@ -83,7 +83,9 @@ TASKS: dict[str, dict[str, Any]] = {
         "steps": 150_000,
         "eval_every": 15_000,
         "eval_episodes": 20,
-        "eval_kwargs": {"max_episode_steps": 12_000},  # 3,000 agent steps: a greedy policy that never fires stands still
+        "eval_kwargs": {
+            "max_episode_steps": 12_000
+        },  # 3,000 agent steps: a greedy policy that never fires stands still
         "common": {"learning_rate": 5e-5, "bf16": True},
         "cql": {"target_update_interval": 2000, "cql_alpha": 4.0, "clip_rewards": True},
     },

@@ -1,9 +1,9 @@
 """
 Breakout by a scripted player that follows the ball, with mistakes.
 
-    uv run --extra atari datasets/breakout_scripted.py                                        # atari/breakout/scripted-v0
+    uv run --extra atari datasets/breakout_scripted.py        # atari/breakout/scripted-v0
     uv run --extra atari datasets/breakout_scripted.py --id atari/breakout/mixed-v0 --steps 250000 \
-        --mistakes 1 0.6 0.3 0.1 0.02                                                        # from random to good
+        --mistakes 1 0.6 0.3 0.1 0.02                         # from random to good
 
 The player reads ball and paddle from the console's RAM and moves under the ball, which no picture-based agent can do; a
 share of its moves is random. Several shares take equal parts of the steps, in the order given. 84x84 frames, sticky
@@ -55,13 +55,15 @@ def main() -> None:
         player = scripted_player(env, share, args.seed)
         steps = args.steps // len(args.mistakes)
         part = collect_episodes(player, env, n_steps=steps, seed=args.seed + len(episodes))
-        print(f"{share:.0%} random moves: {len(part)} games, mean return {np.mean([e.rewards.sum() for e in part]):.1f}")
+        print(
+            f"{share:.0%} random moves: {len(part)} games, mean return {np.mean([e.rewards.sum() for e in part]):.1f}"
+        )
         episodes += part
     shares = ", ".join(f"{share:.0%}" for share in args.mistakes)
     dataset = write_dataset(
         args.id, episodes, env, algorithm_name="scripted", ref_min_score=1.7, ref_max_score=30.5,
-        description=f"Games of a player that follows the ball by reading the console's RAM and moves at random {shares} "
-        "of the time, in equal parts and this order.",
+        description="Games of a player that follows the ball by reading the console's RAM and moves at random "
+        f"{shares} of the time, in equal parts and this order.",
     )  # fmt: skip
     print(f"{args.id}: {dataset.total_episodes} games, {dataset.total_steps} steps")
 

@@ -97,3 +97,36 @@ def window_rows(row: int, age: int, frame_stack: int, length: int) -> tuple[list
         rows.append(row - age if before else row + offset)
         missing.append(before)
     return rows, missing
+
+
+class ReferencePER:
+    """Prioritized replay over a list: linear scans, one item at a time (Schaul et al., 2016)."""
+
+    def __init__(self, alpha: float, beta: float, eps: float) -> None:
+        self.alpha, self.beta, self.eps = alpha, beta, eps
+        self.priorities: list[float] = []
+        self.largest = 1.0
+
+    def add(self) -> None:
+        self.priorities.append(self.largest)
+
+    def sample(self, uniforms: Any) -> tuple[list[int], list[float]]:
+        """``uniforms``: one number in [0, 1) per sample; stratum i is [i, i + 1) / n of the total."""
+        powers = [p**self.alpha for p in self.priorities]
+        total, n = sum(powers), len(uniforms)
+        indices, weights = [], []
+        for i, u in enumerate(uniforms):
+            wanted, running, chosen = (i + u) / n * total, 0.0, len(powers) - 1
+            for k, power in enumerate(powers):
+                running += power
+                if wanted < running:
+                    chosen = k
+                    break
+            indices.append(chosen)
+            weights.append((len(powers) * powers[chosen] / total) ** -self.beta)
+        return indices, [w / max(weights) for w in weights]
+
+    def update(self, indices: Any, td_errors: Any) -> None:
+        for index, error in zip(indices, td_errors, strict=True):
+            self.priorities[index] = abs(error) + self.eps
+            self.largest = max(self.largest, self.priorities[index])

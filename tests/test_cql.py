@@ -17,8 +17,9 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_ext import BC, CQL, load_minari, make_eval_env, record
-from sb3_ext.common.buffers import MixedReplayBuffer, OfflineReplayBuffer
+from sb3_ext.common.buffers import OfflineReplayBuffer
 from sb3_ext.common.frames import ArrayFrames
+from sb3_ext.common.mixed import MixedReplayBuffer
 from sb3_ext.data import DatasetError
 from tests.test_losses import published_loss
 

@@ -1,4 +1,4 @@
-"""Replay buffers: a fixed dataset of transitions with frames stored once, and its mixture with new data."""
+"""A fixed dataset of transitions as a replay buffer, with frames stored once."""
 
 from __future__ import annotations
 
@@ -35,6 +35,21 @@ def discounted_returns(
         returns[later] += gamma**span * returns[later + span]
         span *= 2
     return returns
+
+
+def to_device(arrays: Any, device: th.device) -> Any:
+    """
+    Make tensors of arrays, without a copy on a CPU.
+
+    :param arrays: an array, or a dictionary of arrays
+    :param device: where the tensors go
+    :return: a tensor, or a dictionary of tensors
+    """
+    if isinstance(arrays, dict):
+        return {key: to_device(array, device) for key, array in arrays.items()}
+    if device.type == "cpu":
+        return th.from_numpy(arrays)
+    return th.from_numpy(np.ascontiguousarray(arrays)).to(device, non_blocking=True)
 
 
 class OfflineReplayBuffer(ReplayBuffer):
@@ -119,6 +134,15 @@ class OfflineReplayBuffer(ReplayBuffer):
         """
         self.rng = np.random.default_rng(seed)
 
+    @property
+    def sampler_state(self) -> Any:
+        """Where the sampler stands, to go on from there with the same data."""
+        return dict(self.rng.bit_generator.state)
+
+    @sampler_state.setter
+    def sampler_state(self, state: Any) -> None:
+        self.rng.bit_generator.state = state
+
     def add(self, *args: Any, **kwargs: Any) -> None:
         """
         Refuse: the dataset is fixed.
@@ -157,11 +181,11 @@ class OfflineReplayBuffer(ReplayBuffer):
                 self.frames, last, self._age[last].astype(np.int64), self.frame_stack, self.pad_with_zeros
             )[1]
         return ReplayBufferSamples(
-            observations=self._to_device(self._normalize_obs(observations, env)),  # type: ignore[arg-type]
-            actions=self._to_device(self.actions[rows].astype(np.int64).reshape(-1, 1)),
-            next_observations=self._to_device(self._normalize_obs(next_observations, env)),  # type: ignore[arg-type]
-            dones=self._to_device(self.terminated[last].astype(np.float32).reshape(-1, 1)),
-            rewards=self._to_device(self._normalize_reward(rewards.astype(np.float32).reshape(-1, 1), env)),
+            observations=to_device(self._normalize_obs(observations, env), self.device),
+            actions=to_device(self.actions[rows].astype(np.int64).reshape(-1, 1), self.device),
+            next_observations=to_device(self._normalize_obs(next_observations, env), self.device),
+            dones=to_device(self.terminated[last].astype(np.float32).reshape(-1, 1), self.device),
+            rewards=to_device(self._normalize_reward(rewards.astype(np.float32).reshape(-1, 1), env), self.device),
             discounts=discounts,
         )
 
@@ -172,12 +196,8 @@ class OfflineReplayBuffer(ReplayBuffer):
         window = rows[:, None] + np.minimum(steps, count[:, None] - 1)
         weights = np.where(steps < count[:, None], self.gamma**steps, 0)
         rewards = (self.rewards[window] * weights).sum(axis=1)
-        discounts = self._to_device((self.gamma**count).astype(np.float32).reshape(-1, 1))
+        discounts = to_device((self.gamma**count).astype(np.float32).reshape(-1, 1), self.device)
         return rows + count - 1, rewards.astype(np.float32), discounts
-
-    def _to_device(self, array: NDArray[Any]) -> th.Tensor:
-        tensor = th.from_numpy(np.ascontiguousarray(array)) if self.device.type != "cpu" else th.from_numpy(array)
-        return tensor.to(self.device, non_blocking=True)
 
     def discounted_returns(self, gamma: float, rewards: NDArray[np.float32] | None = None) -> NDArray[np.float64]:
         """
@@ -209,59 +229,3 @@ class OfflineReplayBuffer(ReplayBuffer):
         """
         assert isinstance(self.action_space, spaces.Discrete)
         return np.bincount(self.actions[self._rows], minlength=int(self.action_space.n))
-
-
-class MixedReplayBuffer(ReplayBuffer):
-    """
-    Every batch holds a share of offline transitions; new transitions go to an online buffer.
-
-    :param offline: the dataset
-    :param online: where new transitions go
-    :param offline_fraction: share of offline transitions per batch, from 0 to 1; everything is offline until ``online``
-        has a transition
-    :raises ValueError: if the share is not in [0, 1]
-    """
-
-    def __init__(self, offline: ReplayBuffer, online: ReplayBuffer, offline_fraction: float = 0.5) -> None:
-        if not 0 <= offline_fraction <= 1:
-            raise ValueError(f"offline_fraction must be between 0 and 1, got {offline_fraction}.")
-        BaseBuffer.__init__(
-            self, online.buffer_size, online.observation_space, online.action_space, online.device, online.n_envs
-        )
-        self.offline, self.online, self.offline_fraction = offline, online, offline_fraction
-        self.optimize_memory_usage, self.handle_timeout_termination = False, True
-
-    def add(self, *args: Any, **kwargs: Any) -> None:
-        """Add to the online buffer; see SB3's ``ReplayBuffer.add``."""
-        self.online.add(*args, **kwargs)
-        self.pos, self.full = self.online.pos, self.online.full
-
-    def reset(self) -> None:
-        """Forget the online transitions."""
-        self.online.reset()
-        self.pos, self.full = 0, False
-
-    def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
-        """
-        Draw ``round(offline_fraction * batch_size)`` offline transitions, the rest online.
-
-        :param batch_size: B
-        :param env: VecNormalize to apply
-        :return: as :meth:`OfflineReplayBuffer.sample`, offline transitions first
-        :raises ValueError: if only one of the buffers gives n-step returns
-        """
-        n_offline = round(self.offline_fraction * batch_size) if self.online.size() else batch_size
-        if n_offline == batch_size:
-            return self.offline.sample(batch_size, env)
-        online = self.online.sample(batch_size - n_offline, env)
-        if n_offline == 0:
-            return online
-        offline = self.offline.sample(n_offline, env)
-        joined = []
-        for old, new in zip(offline, online, strict=True):
-            if (old is None) != (new is None):
-                raise ValueError(
-                    "One of the buffers gives n-step returns and the other does not; use the same n_steps."
-                )
-            joined.append(None if old is None or new is None else th.cat([old, new.to(old.dtype)]))
-        return ReplayBufferSamples(*joined)  # type: ignore[arg-type]

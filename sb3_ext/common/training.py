@@ -84,6 +84,8 @@ def train_weighted(
     max_grad_norm: float | None = getattr(model, "max_grad_norm", None)
     model.policy.set_training_mode(True)
     model._update_learning_rate(optimizer)
+    if hasattr(buffer, "set_progress"):  # a prioritized one
+        buffer.set_progress(model._current_progress_remaining)
     for _ in range(gradient_steps):
         batch = buffer.sample(batch_size, env=model._vec_normalize_env)
         output = compute_loss(batch)

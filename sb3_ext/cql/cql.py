@@ -7,12 +7,15 @@ from typing import Any, ClassVar, Self
 import gymnasium as gym
 import torch as th
 from sb3_contrib.qrdqn.policies import QRDQNPolicy
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 
-from sb3_ext.common.buffers import MixedReplayBuffer
+from sb3_ext.common.buffers import OfflineReplayBuffer
 from sb3_ext.common.losses import conservative_gap
+from sb3_ext.common.mixed import MixedReplayBuffer
+from sb3_ext.common.prioritized import PrioritizedReplayBuffer
 from sb3_ext.common.training import LossOutput, MetricMeans
 from sb3_ext.cql.offline import OfflineQRDQN
 from sb3_ext.cql.support import check_arguments
@@ -55,7 +58,7 @@ class CQL(OfflineQRDQN):
         tianshou do
     :param clip_rewards: clip rewards to [-1, 1], as the DQN Replay Dataset has them
     :param dataset_kwargs: further arguments of :func:`~sb3_ext.data.load_minari`: ``frame_stack``, ``subset``,
-        ``storage``, ...
+        ``storage``, ``prioritized``, ...
     :param torch_compile: compile the networks' forward pass: 10 to 20 s at the start; measure whether it gains anything
     :param bf16: run the networks in bfloat16 (fast where the processor has it, slow where it does not)
     :param stats_window_size: as in SB3
@@ -112,7 +115,7 @@ class CQL(OfflineQRDQN):
         self.torch_compile, self.bf16 = torch_compile, bf16
         self.dataset_info: dict[str, Any] = {}
         self._metrics = MetricMeans()
-        self._sampler_state: dict[str, Any] | None = None
+        self._sampler_state: Any = None
         self._offline = True
         # fused Adam: same update, a fifth of the time; eps as in the QR-DQN paper for batches of 32
         policy_kwargs = {
@@ -244,8 +247,18 @@ class CQL(OfflineQRDQN):
         mixed = self.replay_buffer
         if isinstance(mixed, MixedReplayBuffer) and not fresh and mixed.online.n_envs == self.n_envs:
             return mixed.online
-        kind: type[ReplayBuffer] = ReplayBuffer
-        kwargs: dict[str, Any] = {}
-        if self.n_steps > 1:
-            kind, kwargs = NStepReplayBuffer, {"n_steps": self.n_steps, "gamma": self.gamma}
-        return kind(self.buffer_size, self.observation_space, self.action_space, self.device, self.n_envs, **kwargs)
+        offline = self._offline_buffer
+        # images take a frame per transition, as in the dataset; alpha 0 draws uniformly
+        images = isinstance(offline, OfflineReplayBuffer) and is_image_space(self.observation_space)
+        return PrioritizedReplayBuffer(
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            self.device,
+            self.n_envs,
+            optimize_memory_usage=images,
+            frame_stack=getattr(offline, "frame_stack", None),
+            n_steps=self.n_steps,
+            gamma=self.gamma,
+            **(offline.priorities.settings if hasattr(offline, "priorities") else {"alpha": 0.0}),
+        )

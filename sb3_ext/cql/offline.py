@@ -22,7 +22,8 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import configure_logger, polyak_update
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_ext.common.buffers import MixedReplayBuffer, OfflineReplayBuffer
+from sb3_ext.common.buffers import OfflineReplayBuffer
+from sb3_ext.common.mixed import MixedReplayBuffer
 from sb3_ext.common.training import MetricMeans, train_weighted
 from sb3_ext.cql.support import OfflineEnv, OfflineProgressBar, check_policy, short_space, warn_on_overestimation
 from sb3_ext.data.minari import DatasetLike, load_minari
@@ -44,7 +45,7 @@ class OfflineQRDQN(QRDQN):
     _offline: bool
     _offline_buffer: ReplayBuffer
     _policy_name: str | None
-    _sampler_state: dict[str, Any] | None
+    _sampler_state: Any
     _online_forward: Callable[[th.Tensor], th.Tensor]
     _target_forward: Callable[[th.Tensor], th.Tensor]
 
@@ -111,7 +112,7 @@ class OfflineQRDQN(QRDQN):
         if isinstance(self.replay_buffer, OfflineReplayBuffer):
             self.replay_buffer.seed(self.seed)
             if self._sampler_state is not None:
-                self.replay_buffer.rng.bit_generator.state = self._sampler_state
+                self.replay_buffer.sampler_state = self._sampler_state
 
     def _setup_model(self) -> None:
         # load() comes here without data; the smallest buffer keeps SB3 from allocating one for a million transitions
@@ -280,7 +281,7 @@ class OfflineQRDQN(QRDQN):
         """See SB3; without the dataset, with the place of the sampler in it."""
         buffer = getattr(self, "_offline_buffer", None)
         if isinstance(buffer, OfflineReplayBuffer):
-            self._sampler_state = dict(buffer.rng.bit_generator.state)
+            self._sampler_state = buffer.sampler_state
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_ext.common.buffers import OfflineReplayBuffer
 from sb3_ext.common.frames import FrameStore, split_stacks
+from sb3_ext.common.prioritized import PrioritizedOfflineReplayBuffer
 from sb3_ext.data.cache import Arrays, NotStacks, RamSink, cache_folder, cache_key, open_cache, stream, write_cache
 from sb3_ext.data.checks import DatasetError
 from sb3_ext.data.envs import StackFrames, is_frame_space, stacked_space, to_channel_first
@@ -107,6 +110,7 @@ def load_minari(
     build_env: bool = False,
     n_steps: int = 1,
     gamma: float = 0.99,
+    prioritized: bool | dict[str, Any] = False,
     device: th.device | str = "auto",
     seed: int | None = None,
 ) -> OfflineReplayBuffer:
@@ -130,6 +134,8 @@ def load_minari(
     :param build_env: allow building the dataset's environment if the metadata lacks its spaces (runs code it names)
     :param n_steps: see :class:`~sb3_ext.common.buffers.OfflineReplayBuffer`
     :param gamma: likewise
+    :param prioritized: draw by priority: True, or arguments of
+        :class:`~sb3_ext.common.priorities.Priorities` such as ``{"alpha": 0.6, "beta": 0.4}``
     :param device: likewise
     :param seed: seed of the sampler
     :return: the buffer; ``buffer.info`` says what it holds
@@ -152,7 +158,10 @@ def load_minari(
     else:
         stack = frame_stack or default_frame_stack(source.observation_space)
         space = stacked_space(source.observation_space, stack)
-    buffer = OfflineReplayBuffer(
+    kind: Callable[..., OfflineReplayBuffer] = OfflineReplayBuffer
+    if prioritized is not False:
+        kind = partial(PrioritizedOfflineReplayBuffer, prioritized={} if prioritized is True else prioritized)
+    buffer = kind(
         frames,
         arrays.actions,
         arrays.rewards,

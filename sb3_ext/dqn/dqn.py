@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from sb3_ext.common.checkpoint import atomic_path
 from sb3_ext.common.losses import quantile_huber_loss
+from sb3_ext.common.prioritized import PrioritizedReplayBuffer
 from sb3_ext.common.training import LossOutput, MetricMeans, train_weighted
 
 
@@ -29,6 +30,17 @@ class WeightedMixin(OffPolicyAlgorithm):
         :return: per-sample loss and TD error, ``[B]``, and metrics
         """
         raise NotImplementedError
+
+    def _setup_model(self) -> None:
+        # SB3 passes n_steps on to its own buffers only
+        kind, n_steps = self.replay_buffer_class, self.n_steps
+        if kind is None or not issubclass(kind, PrioritizedReplayBuffer):
+            super()._setup_model()
+            return
+        self.replay_buffer_kwargs = {"n_steps": n_steps, "gamma": self.gamma, **self.replay_buffer_kwargs}
+        self.n_steps = 1
+        super()._setup_model()
+        self.n_steps = n_steps
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """

@@ -1,0 +1,105 @@
+"""A dataset and new transitions, mixed in every batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from numpy.typing import NDArray
+from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_ext.common.prioritized import PrioritizedReplayBuffer, PrioritizedReplayBufferSamples
+
+
+class MixedReplayBuffer(ReplayBuffer):
+    """
+    Every batch holds a share of offline transitions; new transitions go to an online buffer.
+
+    If the offline data is prioritized, so must the online buffer be, and each share is drawn by its own priorities.
+
+    :param offline: the dataset
+    :param online: where new transitions go
+    :param offline_fraction: share of offline transitions per batch, from 0 to 1; everything is offline until ``online``
+        has a transition
+    :raises ValueError: if the share is not in [0, 1]
+    """
+
+    def __init__(self, offline: ReplayBuffer, online: ReplayBuffer, offline_fraction: float = 0.5) -> None:
+        if not 0 <= offline_fraction <= 1:
+            raise ValueError(f"offline_fraction must be between 0 and 1, got {offline_fraction}.")
+        BaseBuffer.__init__(
+            self, online.buffer_size, online.observation_space, online.action_space, online.device, online.n_envs
+        )
+        self.offline, self.online, self.offline_fraction = offline, online, offline_fraction
+        self.optimize_memory_usage, self.handle_timeout_termination = False, True
+        # indices from here on mean the online buffer; 0 if nothing is prioritized
+        self._capacity = offline.priorities.tree.capacity if hasattr(offline, "priorities") else 0
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        """Add to the online buffer; see SB3's ``ReplayBuffer.add``."""
+        self.online.add(*args, **kwargs)
+        self.pos, self.full = self.online.pos, self.online.full
+
+    def reset(self) -> None:
+        """Forget the online transitions."""
+        self.online.reset()
+        self.pos, self.full = 0, False
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        """
+        Draw ``round(offline_fraction * batch_size)`` offline transitions, the rest online.
+
+        :param batch_size: B
+        :param env: VecNormalize to apply
+        :return: as :meth:`OfflineReplayBuffer.sample`, offline transitions first
+        :raises ValueError: if only one of the buffers gives n-step returns
+        """
+        n_offline = round(self.offline_fraction * batch_size) if self._has_online() else batch_size
+        parts = []
+        if n_offline:
+            parts.append(self.offline.sample(n_offline, env))
+        if n_offline < batch_size:
+            parts.append(self.online.sample(batch_size - n_offline, env))
+            if self._capacity:
+                parts[-1] = parts[-1]._replace(indices=parts[-1].indices + self._capacity)  # type: ignore[call-arg,attr-defined]
+        kind = PrioritizedReplayBufferSamples if self._capacity else ReplayBufferSamples
+        columns = list(zip(*(part[: len(kind._fields)] for part in parts), strict=True))
+        return kind(*map(_join, columns))  # type: ignore[return-value]
+
+    def _has_online(self) -> bool:
+        if isinstance(self.online, PrioritizedReplayBuffer):
+            return self.online.priorities.tree.total > 0
+        return self.online.size() > 0
+
+    def update_priorities(self, indices: NDArray[np.int64], td_errors: NDArray[Any]) -> None:
+        """
+        Send errors where their transitions are; see :meth:`PrioritizedReplayBuffer.update_priorities`.
+
+        :param indices: ``batch.indices``
+        :param td_errors: ``[B]``
+        """
+        old = indices < self._capacity
+        self.offline.update_priorities(indices[old], td_errors[old])  # type: ignore[attr-defined]
+        self.online.update_priorities(indices[~old] - self._capacity, td_errors[~old])  # type: ignore[attr-defined]
+
+    def set_progress(self, remaining: float) -> None:
+        """Anneal beta in both; see :meth:`PrioritizedReplayBuffer.set_progress`."""
+        for buffer in (self.offline, self.online):
+            if hasattr(buffer, "set_progress"):
+                buffer.set_progress(remaining)
+
+
+def _join(column: tuple[Any, ...]) -> Any:
+    """One field of all parts of a batch."""
+    if len(column) == 1:
+        return column[0]
+    if any(part is None for part in column):
+        if all(part is None for part in column):
+            return None
+        raise ValueError("One of the buffers gives n-step returns and the other does not; use the same n_steps.")
+    if isinstance(column[0], np.ndarray):
+        return np.concatenate(column)
+    return th.cat([part.to(column[0].dtype) for part in column])

@@ -1,0 +1,200 @@
+"""Where a replay buffer keeps its observations: as pairs, as dictionaries of pairs, or as single frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.preprocessing import get_obs_shape, is_image_space
+
+_SLACK = 0.02
+"""Share of rows that a ring has beyond its transitions, for the frames before each episode's first step."""
+
+Expired = Iterator[tuple[int, NDArray[np.int64]]]
+
+
+class PairStore:
+    """
+    Observation and next observation of every transition, as they come.
+
+    :param size: steps to keep, S
+    :param n_envs: environments, E
+    :param shape: of an observation
+    :param dtype: of an observation
+    """
+
+    def __init__(self, size: int, n_envs: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.observations = np.zeros((size, n_envs, *shape), dtype)
+        self.next_observations = np.zeros((size, n_envs, *shape), dtype)
+        self._newest = 0
+
+    def continues(self, obs: NDArray[Any]) -> NDArray[np.bool_]:
+        """
+        Tell which environments go on from their last next observation.
+
+        :param obs: ``[E, *shape]``
+        :return: ``[E]``
+        """
+        last = self.next_observations[self._newest]
+        same: NDArray[np.bool_] = (last == obs.reshape(last.shape)).reshape(len(last), -1).all(axis=1)
+        return same
+
+    def add(self, pos: int, obs: NDArray[Any], next_obs: NDArray[Any], _goes_on: NDArray[np.bool_]) -> Expired:
+        """
+        Store a step.
+
+        :param pos: where
+        :param obs: ``[E, *shape]``
+        :param next_obs: ``[E, *shape]``
+        :return: nothing expires before it is overwritten
+        """
+        row = self.observations[pos]
+        row[...] = obs.reshape(row.shape)
+        self.next_observations[pos] = next_obs.reshape(row.shape)
+        self._newest = pos
+        return iter(())
+
+    def take(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[Any, Any]:
+        """
+        Copy observations out.
+
+        :param indices: transitions, ``step * E + environment``, ``[B]``
+        :param last: transitions whose next observations are wanted, ``[B]``
+        :return: observations and next observations, ``[B, *shape]``
+        """
+        shape = (-1, *self.observations.shape[2:])
+        return self.observations.reshape(shape)[indices], self.next_observations.reshape(shape)[last]
+
+
+class DictStore:
+    """
+    One :class:`PairStore` per key.
+
+    :param size: steps to keep
+    :param n_envs: environments
+    :param space: the observations' space
+    """
+
+    def __init__(self, size: int, n_envs: int, space: spaces.Dict) -> None:
+        self.parts = {
+            key: PairStore(size, n_envs, get_obs_shape(part), part.dtype)  # type: ignore[arg-type]
+            for key, part in space.spaces.items()
+        }
+
+    def continues(self, obs: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
+        """See :meth:`PairStore.continues`."""
+        same: NDArray[np.bool_] = np.all([part.continues(obs[key]) for key, part in self.parts.items()], axis=0)
+        return same
+
+    def add(self, pos: int, obs: Any, next_obs: Any, goes_on: NDArray[np.bool_]) -> Expired:
+        """See :meth:`PairStore.add`."""
+        for key, part in self.parts.items():
+            part.add(pos, obs[key], next_obs[key], goes_on)
+        return iter(())
+
+    def take(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[Any, Any]:
+        """See :meth:`PairStore.take`."""
+        found = {key: part.take(indices, last) for key, part in self.parts.items()}
+        return {key: pair[0] for key, pair in found.items()}, {key: pair[1] for key, pair in found.items()}
+
+
+class RingStore:
+    """
+    Every frame once: a ring of frames per environment, in which an observation is ``frame_stack`` neighbours.
+
+    A sequence begins with the frames of its first observation, whatever they are (zeros, repetitions), and every step
+    adds the newest frame of its next observation, also the last step. Vectors are stacks of one.
+
+    :param size: steps to keep, S
+    :param n_envs: environments, E
+    :param space: the observations' space
+    :param frame_stack: frames per observation, k; None: the channels of an image unless they are 3, else 1
+    :raises ValueError: if the observations are no ``Box``, or the first axis is no multiple of k
+    """
+
+    def __init__(self, size: int, n_envs: int, space: spaces.Space[Any], frame_stack: int | None) -> None:
+        if not isinstance(space, spaces.Box) or not space.shape:
+            raise ValueError(f"optimize_memory_usage=True needs Box observations, not {space}; set it to False.")
+        length = space.shape[0]
+        if frame_stack is None:
+            frame_stack = length if is_image_space(space) and length != 3 else 1
+        if frame_stack < 1 or length % frame_stack:
+            raise ValueError(f"frame_stack={frame_stack}: observations of shape {space.shape} are no such stacks.")
+        self.frame_stack, self.size = frame_stack, size
+        self._channels = length // frame_stack
+        self._n_rows = size + int(_SLACK * size) + 2 * frame_stack + 1
+        self.frames = np.zeros((n_envs, self._n_rows, self._channels, *space.shape[1:]), space.dtype)
+        # frames written so far; steps added so far; first step that is whole; row of the newest frame of each step
+        self._written = np.zeros(n_envs, np.int64)
+        self._added, self._first = 0, np.zeros(n_envs, np.int64)
+        self._rows = np.zeros((size, n_envs), np.int64)
+        self._last = np.zeros((n_envs, *space.shape), space.dtype)
+
+    def continues(self, obs: NDArray[Any]) -> NDArray[np.bool_]:
+        """See :meth:`PairStore.continues`."""
+        return np.array([np.array_equal(a, b) for a, b in zip(self._last, obs, strict=True)])
+
+    def _append(self, env: int, frames: NDArray[Any]) -> None:
+        for frame in frames.reshape(-1, *self.frames.shape[2:]):
+            self.frames[env, self._written[env] % self._n_rows] = frame
+            self._written[env] += 1
+
+    def add(self, pos: int, obs: NDArray[Any], next_obs: NDArray[Any], goes_on: NDArray[np.bool_]) -> Expired:
+        """
+        Store a step.
+
+        :param pos: where
+        :param obs: ``[E, *shape]``
+        :param next_obs: ``[E, *shape]``
+        :param goes_on: whether ``obs`` is the last ``next_obs`` of this environment, ``[E]``
+        :return: environment and steps whose frames were overwritten, although they are not overwritten themselves
+        :raises ValueError: if ``next_obs`` is not ``obs`` moved on by one frame; nothing is stored then
+        """
+        c = self._channels
+        if self.frame_stack > 1 and not np.array_equal(next_obs[:, :-c], obs[:, c:]):
+            raise ValueError(
+                f"optimize_memory_usage=True with frame_stack={self.frame_stack}: an observation is not the one before "
+                "moved on by one frame along the first axis. Set frame_stack to the number of frames stacked, or "
+                "optimize_memory_usage=False."
+            )
+        for env in np.flatnonzero(~goes_on).tolist():
+            self._append(env, obs[env])
+        self._rows[pos] = self._written - 1
+        for env, newest in enumerate(next_obs[:, -c:]):
+            self._append(env, newest)
+        self._last[...] = next_obs
+        self._added += 1
+        return self._expired()
+
+    def _expired(self) -> Expired:
+        """Steps that lost frames."""
+        oldest_step = max(0, self._added - self.size)
+        for env, written in enumerate(self._written):
+            start = first = max(int(self._first[env]), oldest_step)
+            while first < self._added and (
+                self._rows[first % self.size, env] - self.frame_stack + 1 < written - self._n_rows
+            ):
+                first += 1
+            self._first[env] = first
+            if first > start:
+                yield env, np.arange(start, first) % self.size
+
+    def take(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[Any, Any]:
+        """See :meth:`PairStore.take`; without n-step returns both are views of the same frames."""
+        k, n_envs = self.frame_stack, len(self.frames)
+        rows = self._rows.reshape(-1)
+        item = np.dtype((np.void, self.frames.dtype.itemsize * int(np.prod(self.frames.shape[2:]))))
+        flat = self.frames.reshape(n_envs * self._n_rows, -1).view(item).reshape(-1)
+
+        def stacks(which: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[Any]:
+            index = (rows[which][:, None] + offsets) % self._n_rows + (which % n_envs)[:, None] * self._n_rows
+            found: NDArray[Any] = flat[index].view(self.frames.dtype)
+            return found.reshape(len(which), len(offsets) * self._channels, *self.frames.shape[3:])
+
+        if last is indices:
+            both = stacks(indices, np.arange(1 - k, 2))
+            return both[:, : -self._channels], both[:, self._channels :]
+        return stacks(indices, np.arange(1 - k, 1)), stacks(last, np.arange(2 - k, 2))

@@ -15,7 +15,14 @@ import stable_baselines3 as sb3
 import sb3_ext
 
 ROOT = Path(__file__).resolve().parents[1]
-PURE = ("common/losses", "common/sum_tree", "common/frames", "efficientzero/search", "efficientzero/targets")
+PURE = (
+    "common/losses",
+    "common/sum_tree",
+    "common/priorities",
+    "common/frames",
+    "efficientzero/search",
+    "efficientzero/targets",
+)
 ALGORITHMS = {"dqn", "cql", "efficientzero", "gail"}
 
 
@@ -110,7 +117,7 @@ def test_py_typed_is_shipped() -> None:
     assert (ROOT / "sb3_ext" / "py.typed").exists()
 
 
-EXAMPLES = [("cql.py", []), ("breakout.py", ["--steps", "2", "--episodes", "1"])]
+EXAMPLES = [("cql.py", []), ("prioritized_dqn.py", []), ("breakout.py", ["--steps", "2", "--episodes", "1"])]
 
 
 def test_every_example_is_run() -> None:

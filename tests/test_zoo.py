@@ -21,7 +21,7 @@ from gymnasium import spaces
 from minari.dataset.minari_storage import MinariStorage
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_ext import BC, CQL, DQN, record
+from sb3_ext import BC, CQL, DQN, PrioritizedReplayBuffer, record
 from sb3_ext.data import make_atari_env
 from sb3_ext.zoo.config import Algo, ZooError, known_algos, load_algo, parse_overrides, read_entries, resolve
 from sb3_ext.zoo.main import build_parser, main
@@ -491,3 +491,13 @@ def test_algorithms_plug_in(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert (
         main(["train", "--algo", "mine", "--env", "CartPole-v1", "--dry-run", *conf("default: {n_timesteps: 5}")]) == 0
     )
+
+
+def test_prioritized_replay_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("-params", "replay_buffer_class:PrioritizedReplayBuffer", "replay_buffer_kwargs:{alpha: 0.7}", "n_steps:2")
+    assert train(*words, "learning_starts:20", algo="dqn") == 0
+    model = DQN.load(find_run("logs", "dqn", "CartPole-v1").final)
+    assert model.replay_buffer_class is PrioritizedReplayBuffer
+    assert model.replay_buffer_kwargs == {"alpha": 0.7, "n_steps": 2, "gamma": 0.99}
+    assert train("-params", "replay_buffer_class:PrioritisedReplayBuffer", algo="dqn") != 0
+    assert "did you mean PrioritizedReplayBuffer" in capsys.readouterr().err

@@ -221,12 +221,22 @@ def _busy_seconds() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def peer_command(peer: str, *arguments: str) -> list[str]:
-    """Command line that starts a peer's worker in its own environment; the peer's name comes first in its arguments."""
-    packages = [flag for requirement in PEERS[peer] for flag in ("--with", requirement)]
-    worker = str(Path(__file__).resolve().parent / "peers.py")
+def peer_command(
+    peer: str, *arguments: str, script: str = "peers.py", packages: Sequence[str] | None = None
+) -> list[str]:
+    """
+    Command line that starts a peer's worker in its own environment; the peer's name comes first in its arguments.
+
+    :param peer: its name
+    :param arguments: further ones
+    :param script: the worker
+    :param packages: what the environment is made of; default: see :data:`PEERS`
+    """
+    required = PEERS[peer] if packages is None else packages
+    flags = [flag for requirement in required for flag in ("--with", requirement)]
+    worker = str(Path(__file__).resolve().parent / script)
     uv = ["uv", "run", "-q", "--isolated", "--no-project", "--python", "3.11"]
-    return [*uv, *packages, "python", worker, peer, *arguments]
+    return [*uv, *flags, "python", worker, peer, *arguments]
 
 
 def own_command(*arguments: str, script: str = "ours.py") -> list[str]:

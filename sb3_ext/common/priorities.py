@@ -10,6 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from sb3_ext.common.sum_tree import SumTree
 
+_SORT_EVERY = 0.1
+"""Share of the items whose errors may change before ranks are sorted anew; on the blind cliffwalk as good as a heap."""
+
 
 class Priorities:
     """
@@ -144,7 +147,7 @@ class Priorities:
             self.tree.update(indices, ranks**-self.alpha, revive=False)
             self._errors[np.asarray(indices)] = priorities
             self._changed += len(priorities)
-            if self._changed >= self.tree.capacity:
+            if self._changed >= _SORT_EVERY * self.tree.capacity:
                 self._sort()
         self.max_priority = max(self.max_priority, float(priorities.max(initial=0)))
 

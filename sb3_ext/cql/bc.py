@@ -60,6 +60,8 @@ class BC(CQL):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
+        # Adam's usual eps: that of QR-DQN, which CQL takes, is larger than most of cloning's gradients
+        policy_kwargs = {"optimizer_kwargs": {"eps": 1e-8, "fused": True}, **(policy_kwargs or {}), "n_quantiles": 1}
         super().__init__(
             policy,
             dataset,
@@ -72,7 +74,7 @@ class BC(CQL):
             bf16=bf16,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
-            policy_kwargs={**(policy_kwargs or {}), "n_quantiles": 1},
+            policy_kwargs=policy_kwargs,
             verbose=verbose,
             seed=seed,
             device=device,

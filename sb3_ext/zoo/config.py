@@ -17,8 +17,10 @@ from typing import Any
 import gymnasium as gym
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.utils import LinearSchedule
 
+from sb3_ext import PrioritizedReplayBuffer
 from sb3_ext.data import load_minari
 
 GROUP = "sb3_ext.algos"
@@ -31,6 +33,9 @@ FLAGS = {
     "verbose": "--verbose",
 }
 """Constructor arguments that the command line sets, so YAML must not."""
+
+BUFFERS = {"PrioritizedReplayBuffer": PrioritizedReplayBuffer, "ReplayBuffer": ReplayBuffer}
+"""What ``replay_buffer_class`` may name."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -296,7 +301,11 @@ def _positive(value: Any, key: str, where: str) -> int:
 
 
 def _argument(key: str, value: Any, parameter: inspect.Parameter, where: str) -> Any:
-    """Turn ``lin_x`` into a schedule and ``1e5`` into an integer where the default is one."""
+    """Turn ``lin_x`` into a schedule, the name of a buffer into it, and ``1e5`` into an integer where that is wanted."""
+    if key == "replay_buffer_class" and value is not None:
+        if value not in BUFFERS:
+            raise ZooError(f"{where}: there is no {key} {value!r}; {hint(str(value), BUFFERS)}")
+        return BUFFERS[value]
     if isinstance(value, str) and value.startswith("lin_"):
         try:
             return LinearSchedule(float(value[4:]), 0.0, 1.0)

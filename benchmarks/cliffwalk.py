@@ -3,11 +3,11 @@ Blind cliffwalk (Schaul et al., 2016, section 3.1 and appendix B.1): how much pr
 
     uv run --all-extras benchmarks/cliffwalk.py            # n = 2 .. 16, 10 seeds; about 10 minutes on one core
 
-n states in a row, two actions; the wrong one ends the episode with nothing, n right ones end it with reward 1. The memory
-holds every transition of all 2^n action sequences, 2^(n+1) - 2 of them, in random order. Tabular Q-learning, step size
-1/4, gamma = 1 - 1/n, Q ~ N(0, 0.1); counted are updates until the mean squared error of Q is below 1e-3. Ours are
-proportional (eps 1e-4, alpha 1 and 0.6) and rank-based (alpha 0.7) priorities without importance weights; "uniform" draws
-at random; "oracle" makes the update that lowers the error most. The paper prints no numbers, only a figure.
+n states in a row, two actions; the wrong one ends the episode with nothing, n right ones end it with reward 1. The
+memory holds every transition of all 2^n action sequences, 2^(n+1) - 2 of them, in random order. Tabular Q-learning,
+step 1/4, gamma = 1 - 1/n, Q ~ N(0, 0.1); counted are updates until the mean squared error of Q is below 1e-3. Ours are
+proportional (eps 1e-4, alpha 1 and 0.6) and rank-based (alpha 0.7) priorities without importance weights; "uniform"
+draws at random; "oracle" makes the update that lowers the error most. The paper prints no numbers, only a figure.
 
 Writes ``results/learning/cliffwalk.json`` with every seed, and the figure ``docs/images/cliffwalk.png``.
 """

@@ -29,7 +29,7 @@ import minari
 import numpy as np
 import stable_baselines3 as sb3
 import torch as th
-from learning_envs import MinAtarCNN
+from learning_envs import MinAtarCNN, SmallCNN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
@@ -89,7 +89,11 @@ TASKS: dict[str, dict[str, Any]] = {
             "max_episode_steps": 12_000
         },  # 3,000 agent steps: a greedy policy that never fires stands still
         # not the paper's (those are in cql.yml): it has learnt nothing after 150,000 steps, see docs/log.md
-        "common": {"learning_rate": 2e-4, "bf16": True, "policy_kwargs": {"optimizer_kwargs": ADAM}},
+        "common": {
+            "learning_rate": 2e-4,
+            "bf16": True,
+            "policy_kwargs": {"features_extractor_class": SmallCNN, "net_arch": [], "optimizer_kwargs": ADAM},
+        },
         "cql": {"target_update_interval": 500, "cql_alpha": 20.0, "clip_rewards": True},
     },
 }

@@ -94,5 +94,20 @@ class MinAtarCNN(BaseFeaturesExtractor):
         return self.layers(observations)
 
 
+class SmallCNN(BaseFeaturesExtractor):
+    """The network of Mnih et al. (2013) for Atari frames: a third of the cost of SB3's default."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, features_dim=256)
+        self.layers = th.nn.Sequential(
+            *(th.nn.Conv2d(observation_space.shape[0], 16, 8, 4), th.nn.ReLU(), th.nn.Conv2d(16, 32, 4, 2)),
+            *(th.nn.ReLU(), th.nn.Flatten(), th.nn.Linear(2592, 256), th.nn.ReLU()),
+        )
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        """Map ``[B, 4, 84, 84]`` to ``[B, 256]``."""
+        return self.layers(observations)
+
+
 gym.register("Catch-v0", entry_point="learning_envs:Catch")
 gym.register("MinAtarBreakout-v0", entry_point="learning_envs:MinAtar", max_episode_steps=5000)

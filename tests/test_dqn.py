@@ -109,3 +109,58 @@ def test_infinite_reward_stops_training(cls: Any) -> None:
     with pytest.raises(FloatingPointError, match="loss is inf"):
         model.train(1, batch_size=8)
     assert np.array_equal(parameters(model), start)
+
+
+@pytest.mark.parametrize("cls", [DQN, QRDQN])
+def test_dueling_heads_are_values_plus_centred_advantages(cls: Any, tmp_path: Path) -> None:
+    sizes = {"n_quantiles": 3} if cls is QRDQN else {}
+    model = cls("MlpPolicy", "CartPole-v1", seed=0, device="cpu", policy_kwargs={"dueling": True, **sizes})
+    net = model.quantile_net.quantile_net if cls is QRDQN else model.q_net.q_net
+    features = th.randn(5, 4)
+    value, advantage = net.value(features), net.advantage(features).view(5, -1, 2)
+    found = net(features).view(5, -1, 2)
+    th.testing.assert_close(found.mean(dim=2), value)
+    th.testing.assert_close(found[:, :, 0] - found[:, :, 1], advantage[:, :, 0] - advantage[:, :, 1])
+    observations = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    actions = model.predict(observations, deterministic=True)[0]
+    model.learn(200)
+    model.save(tmp_path / "model")
+    model.policy.save(tmp_path / "policy")
+    assert len(set(actions)) > 1
+    expected = model.predict(observations, deterministic=True)[0]
+    assert (cls.load(tmp_path / "model").predict(observations, deterministic=True)[0] == expected).all()
+    policy = type(model.policy).load(tmp_path / "policy")
+    assert policy.dueling
+    assert (policy.predict(observations, deterministic=True)[0] == expected).all()
+
+
+@pytest.mark.parametrize("cls", [DQN, QRDQN])
+@pytest.mark.parametrize("double_q", [False, True])
+def test_double_q(cls: Any, double_q: bool) -> None:
+    sizes = {"n_quantiles": 1} if cls is QRDQN else {}
+    model = cls("MlpPolicy", "CartPole-v1", device="cpu", policy_kwargs={"double_q": double_q, "net_arch": [], **sizes})
+    online, target = (
+        (model.quantile_net.quantile_net[0], model.quantile_net_target.quantile_net[0])
+        if cls is QRDQN
+        else (model.q_net.q_net[0], model.q_net_target.q_net[0])
+    )
+    for layer, values in ((online, [1.0, 2.0]), (target, [30.0, 20.0])):  # they disagree on the best action
+        th.nn.init.zeros_(layer.weight)
+        layer.bias.data = th.tensor(values)
+    zeros = th.zeros(1, 4)
+    batch = WeightedSamples(
+        zeros, th.zeros(1, 1).long(), zeros, th.zeros(1, 1), th.ones(1, 1), None, th.ones(1, 1), None
+    )
+    wanted = 1 + 0.99 * (20 if double_q else 30) - 1
+    assert model.compute_loss(batch).td_error.item() == pytest.approx(wanted)
+
+
+def test_rainbow_options_on_images_and_dicts() -> None:
+    from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
+
+    options: dict[str, Any] = {"dueling": True, "double_q": True}
+    common: dict[str, Any] = {"learning_starts": 20, "buffer_size": 100, "train_freq": 20}
+    env = FakeImageEnv(screen_height=40, screen_width=40)
+    for cls in (DQN, QRDQN):
+        cls("CnnPolicy", env, policy_kwargs={"net_arch": [8], **options}, **common).learn(40)
+        cls("MultiInputPolicy", SimpleMultiObsEnv(), policy_kwargs={"net_arch": [8], **options}, **common).learn(40)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pathlib
 from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import sb3_contrib
 import stable_baselines3 as sb3
@@ -17,6 +18,7 @@ from sb3_ext.common.checkpoint import atomic_path
 from sb3_ext.common.losses import quantile_huber_loss
 from sb3_ext.common.prioritized import PrioritizedReplayBuffer
 from sb3_ext.common.training import LossOutput, MetricMeans, train_weighted
+from sb3_ext.dqn import policies
 
 
 class WeightedMixin(OffPolicyAlgorithm):
@@ -83,8 +85,14 @@ class DQN(WeightedMixin, sb3.DQN):
     Deep Q-Network (Mnih et al., 2015): SB3's ``DQN``, same constructor, bit-identical results under a uniform buffer.
 
     Unlike SB3's, its loss stays per sample until importance weights are applied, and TD errors go back to a prioritized
-    buffer.
+    buffer. ``policy_kwargs`` may also have ``double_q=True`` and ``dueling=True``.
     """
+
+    policy_aliases: ClassVar[dict[str, Any]] = {
+        "MlpPolicy": policies.DQNPolicy,
+        "CnnPolicy": policies.DQNCnnPolicy,
+        "MultiInputPolicy": policies.DQNMultiInputPolicy,
+    }
 
     def compute_loss(self, batch: ReplayBufferSamples) -> LossOutput:
         """
@@ -95,7 +103,9 @@ class DQN(WeightedMixin, sb3.DQN):
         """
         discounts = batch.discounts if batch.discounts is not None else self.gamma
         with th.no_grad():
-            next_q = self.q_net_target(batch.next_observations).max(dim=1).values.reshape(-1, 1)
+            next_q = self.q_net_target(batch.next_observations)
+            chooser = self.q_net(batch.next_observations) if getattr(self.policy, "double_q", False) else next_q
+            next_q = next_q.gather(1, chooser.argmax(dim=1, keepdim=True))
             target = batch.rewards + (1 - batch.dones) * discounts * next_q
         q = self.q_net(batch.observations).gather(1, batch.actions.long())
         loss = F.smooth_l1_loss(q, target, reduction="none")
@@ -107,9 +117,15 @@ class QRDQN(WeightedMixin, sb3_contrib.QRDQN):
     Quantile-regression DQN (Dabney et al., 2018): sb3-contrib's ``QRDQN``, same constructor.
 
     Equal to it under a uniform buffer up to float rounding, because the quantile Huber loss is summed in sorted order
-    on a CPU. Importance weights and priorities work as in :class:`DQN`; the TD error is that of the mean over
-    quantiles.
+    on a CPU. Importance weights, priorities and ``policy_kwargs`` work as in :class:`DQN`; the TD error is that of the
+    mean over quantiles.
     """
+
+    policy_aliases: ClassVar[dict[str, Any]] = {
+        "MlpPolicy": policies.QRDQNPolicy,
+        "CnnPolicy": policies.QRDQNCnnPolicy,
+        "MultiInputPolicy": policies.QRDQNMultiInputPolicy,
+    }
 
     def compute_loss(self, batch: ReplayBufferSamples) -> LossOutput:
         """
@@ -121,9 +137,10 @@ class QRDQN(WeightedMixin, sb3_contrib.QRDQN):
         return self._quantile_loss(batch, self.quantile_net(batch.observations))
 
     def _next_quantiles(self, batch: ReplayBufferSamples) -> th.Tensor:
-        """Quantiles of the target net at the next observation, of its own greedy action, ``[B, N]``."""
+        """Quantiles of the target net at the next observation, of the greedy action, ``[B, N]``."""
         quantiles = self.quantile_net_target(batch.next_observations)
-        return _of_action(quantiles, quantiles.mean(dim=1).argmax(dim=1, keepdim=True))
+        chooser = self.quantile_net(batch.next_observations) if getattr(self.policy, "double_q", False) else quantiles
+        return _of_action(quantiles, chooser.mean(dim=1).argmax(dim=1, keepdim=True))
 
     def _quantile_loss(self, batch: ReplayBufferSamples, quantiles: th.Tensor) -> LossOutput:
         """Loss given the online net's quantiles at the observations, ``[B, N, A]``."""

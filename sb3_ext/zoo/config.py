@@ -301,7 +301,7 @@ def _positive(value: Any, key: str, where: str) -> int:
 
 
 def _argument(key: str, value: Any, parameter: inspect.Parameter, where: str) -> Any:
-    """Turn ``lin_x`` into a schedule, the name of a buffer into it, and ``1e5`` into an integer where that is wanted."""
+    """Turn ``lin_x`` into a schedule, a buffer's name into the class, ``1e5`` into an integer where one is wanted."""
     if key == "replay_buffer_class" and value is not None:
         if value not in BUFFERS:
             raise ZooError(f"{where}: there is no {key} {value!r}; {hint(str(value), BUFFERS)}")

@@ -231,12 +231,12 @@ def run(
         "command": f"uv run --all-extras benchmarks/cql_learning.py --task {task} --algos {algo} --seeds {seed}",
         "versions": {"torch": th.__version__, "stable_baselines3": sb3.__version__, "minari": minari.__version__,
                      "python": platform.python_version()},
-        "hardware": {"cpu": _cpu(), "threads": th.get_num_threads(), "device": str(model.device)},
+        "hardware": {"cpu": cpu_name(), "threads": th.get_num_threads(), "device": str(model.device)},
     }  # fmt: skip
     result.write_text(json.dumps(facts))
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -251,7 +251,7 @@ def table(results: Path) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for task in TASKS:
         for algo in ALGOS:
-            group = [r for r in runs if r["task"] == task and r["algo"] == algo]
+            group = [r for r in runs if r.get("task") == task and r["algo"] == algo]
             if not group:
                 continue
             last = [float(np.mean(r["curve"][-1]["returns"])) for r in group]

@@ -149,7 +149,7 @@ def test_plain_python_gives_the_same() -> None:
     sum_tree._write.py_func(plain._tree, plain._starts, 700, np.arange(700), leaves, True)
     assert plain._tree.tolist() == tree._tree.tolist()
     indices, found = np.empty(200, np.int64), np.empty(200)
-    sum_tree._descend.py_func(plain._tree, plain._starts, masses * tree.total, indices, found)
+    sum_tree._descend.py_func(plain._tree, plain._starts, masses * tree.total, 0, indices, found)
     expected = tree.find(masses * tree.total)
     assert indices.tolist() == expected[0].tolist()
     assert found.tolist() == expected[1].tolist()

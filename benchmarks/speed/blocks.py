@@ -244,7 +244,7 @@ def own_command(*arguments: str, script: str = "ours.py") -> list[str]:
     return [sys.executable, str(Path(__file__).resolve().parent / script), *arguments]
 
 
-def measure(contestants: list[Contestant], rounds: int, steps: dict[str, int], warm_up: int) -> None:
+def measure(contestants: Sequence[Contestant], rounds: int, steps: dict[str, int], warm_up: int) -> None:
     """
     Warm everything up, then go round the contestants.
 

@@ -1,9 +1,9 @@
 """
 Prioritized replay, ours and the peers', each in its own environment; started by per.py.
 
-``per_workers.py NAME TASK SIZE`` with NAME one of ours, uniform, sb3, cpprb, torchrl, tianshou and TASK one of index, add,
-buffer, frames, train, and for ours also memory, extra and kernels. A worker serves one step function per batch size (or
-"add", "train"): it answers every line ``KEY STEPS`` with seconds.
+``per_workers.py NAME TASK SIZE`` with NAME one of ours, uniform, sb3, cpprb, torchrl, tianshou and TASK one of index,
+add, buffer, frames, train, and for ours also memory, extra and kernels. A worker serves one step function per batch
+size (or "add", "train"): it answers every line ``KEY STEPS`` with seconds.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def cycles(cycle: Callable[[int, Any], object], task: str, wrap: Callable[[Any],
     return steps
 
 
-# ------------------------------------------------------------------------------------------------- ours and SB3's uniform
+# ----------------------------------------------------------------------------------------------- ours and SB3's uniform
 
 
 def fill(buffer: Any) -> None:
@@ -255,7 +255,8 @@ def torchrl(task: str, size: int) -> Steps:
     buffer.extend(data)
     buffer.update_priority(th.arange(size), priorities)
     if task == "add":
-        return {"add": lambda step=data[0].clone(): buffer.add(step)}
+        one = data[0].clone()
+        return {"add": lambda: buffer.add(one)}
 
     def cycle(batch: int, errors: th.Tensor) -> None:
         samples = buffer.sample(batch)
@@ -288,7 +289,8 @@ def tianshou(task: str, size: int) -> Steps:
     buffer.init_weight(np.arange(size))
     buffer.update_weight(np.arange(size), heavy(size))
     if task == "add":
-        return {"add": lambda step=batch_of(1)[0]: buffer.add(step)}
+        one = batch_of(1)[0]
+        return {"add": lambda: buffer.add(one)}
 
     def index_cycle(batch: int, errors: NDArray[np.float32]) -> None:
         indices = buffer.sample_indices(batch)
@@ -301,6 +303,13 @@ def tianshou(task: str, size: int) -> Steps:
 
     return cycles(index_cycle if task == "index" else cycle, task)
 
+
+PEERS: dict[str, Callable[[str, int], Steps]] = {"cpprb": cpprb, "torchrl": torchrl, "tianshou": tianshou}
+PACKAGES = {
+    "cpprb": ("cpprb",),
+    "torchrl": ("torchrl", "tensordict", "torch"),
+    "tianshou": ("tianshou", "torch", "numba"),
+}
 
 # -------------------------------------------------------------------------------------------------------------- serving
 
@@ -325,26 +334,25 @@ def main(name: str, task: str, size: str) -> None:
     warnings.filterwarnings("ignore")
     np.random.seed(0)
     pacer, n = Pacer({}), int(size)
-    if name in ("ours", "uniform", "sb3"):
+    peer = PEERS.get(name)
+    packages = ("sb3-ext", "stable-baselines3", "torch", "numba") if peer is None else PACKAGES[name]
+    meta: dict[str, Any] = {"versions": versions("numpy", *packages), "threads": 1}
+    if peer is None:
         import sb3_ext  # noqa: F401  # before the clock of ``kernels`` starts
-    meta: dict[str, Any] = {"versions": versions(name, "sb3-ext", "stable-baselines3", "torch", "numpy", "numba")}
-    if name != "cpprb":
+    if "torch" in packages:
         import torch as th
 
         th.set_num_threads(1)
         th.set_num_interop_threads(1)
         th.manual_seed(0)
-        meta["threads"] = th.get_num_threads()
     if task in ("memory", "extra"):
         pacer.answer(memory(n) if task == "memory" else extra(n))
     elif task == "kernels":
         pacer.answer(kernels())
     elif task == "train":
         serve(pacer, train(name, n), meta)
-    elif name in ("ours", "sb3"):
-        serve(pacer, sb3(name, task, n), meta)
     else:
-        serve(pacer, {"cpprb": cpprb, "torchrl": torchrl, "tianshou": tianshou}[name](task, n), meta)
+        serve(pacer, sb3(name, task, n) if peer is None else peer(task, n), meta)
 
 
 if __name__ == "__main__":

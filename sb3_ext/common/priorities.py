@@ -6,12 +6,34 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from sb3_ext.common.sum_tree import SumTree
 
 _SORT_EVERY = 0.1
 """Share of the items whose errors may change before ranks are sorted anew; on the blind cliffwalk as good as a heap."""
+
+
+@njit(cache=True)
+def _importance(priorities: NDArray[np.float64], beta: float) -> NDArray[np.float32]:
+    """``(N P)^-beta`` divided by its largest: number of items and total cancel."""
+    smallest = priorities.min()
+    weights = np.empty(len(priorities), np.float32)
+    for i in range(len(priorities)):
+        weights[i] = (smallest / priorities[i]) ** beta
+    return weights
+
+
+@njit(cache=True)
+def _proportional(td_errors: NDArray[np.float64], eps: float, alpha: float, powers: NDArray[np.float64]) -> float:
+    """``(|td_error| + eps)^alpha``; returns the largest before the power."""
+    largest = 0.0
+    for i in range(len(td_errors)):
+        priority = abs(td_errors[i]) + eps
+        largest = max(largest, priority)
+        powers[i] = priority**alpha
+    return largest
 
 
 class Priorities:
@@ -91,9 +113,7 @@ class Priorities:
         :raises ValueError: if no item is active
         """
         indices, mass = self.tree.sample(n, self.rng, self.stratified)
-        # (N P)^-beta / max: N and the total cancel
-        weights = (mass.min() / mass) ** self.current_beta
-        return indices, weights.astype(np.float32)
+        return indices, _importance(mass, self.current_beta)
 
     def activate(self, indices: ArrayLike) -> None:
         """
@@ -137,10 +157,14 @@ class Priorities:
         :param td_errors: ``[B]``, of any sign
         :raises ValueError: if an error is NaN or infinite: names the index; nothing is changed then
         """
-        priorities = np.abs(np.asarray(td_errors, np.float64).reshape(-1)) + self.eps
+        errors = np.ascontiguousarray(td_errors, np.float64).reshape(-1)
         if not self.rank_based:
-            self.tree.update(indices, priorities**self.alpha, revive=False)
+            powers = np.empty(len(errors))
+            largest = _proportional(errors, self.eps, self.alpha, powers)
+            self.tree.update(indices, powers, revive=False)
         else:
+            priorities = np.abs(errors) + self.eps
+            largest = float(priorities.max(initial=0))
             # ranks from the order of the last sorting; 1 is the largest
             later = len(self._order) - np.searchsorted(self._order, priorities, side="right")
             ranks = np.where(np.isfinite(priorities), later + 1.0, np.nan)
@@ -149,7 +173,7 @@ class Priorities:
             self._changed += len(priorities)
             if self._changed >= _SORT_EVERY * self.tree.capacity:
                 self._sort()
-        self.max_priority = max(self.max_priority, float(priorities.max(initial=0)))
+        self.max_priority = max(self.max_priority, largest)
 
     def _sort(self) -> None:
         active = np.flatnonzero(self.tree.leaves)

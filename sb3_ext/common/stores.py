@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from numba import njit
 from numpy.typing import NDArray
 from stable_baselines3.common.preprocessing import get_obs_shape, is_image_space
 
@@ -184,17 +185,38 @@ class RingStore:
 
     def take(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[Any, Any]:
         """See :meth:`PairStore.take`; without n-step returns both are views of the same frames."""
-        k, n_envs = self.frame_stack, len(self.frames)
-        rows = self._rows.reshape(-1)
-        item = np.dtype((np.void, self.frames.dtype.itemsize * int(np.prod(self.frames.shape[2:]))))
-        flat = self.frames.reshape(n_envs * self._n_rows, -1).view(item).reshape(-1)
-
-        def stacks(which: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[Any]:
-            index = (rows[which][:, None] + offsets) % self._n_rows + (which % n_envs)[:, None] * self._n_rows
-            found: NDArray[Any] = flat[index].view(self.frames.dtype)
-            return found.reshape(len(which), len(offsets) * self._channels, *self.frames.shape[3:])
-
+        k, c = self.frame_stack, self._channels
         if last is indices:
-            both = stacks(indices, np.arange(1 - k, 2))
-            return both[:, : -self._channels], both[:, self._channels :]
-        return stacks(indices, np.arange(1 - k, 1)), stacks(last, np.arange(2 - k, 2))
+            both = self._stacks(indices, 1 - k, k + 1)
+            return both[:, :-c], both[:, c:]
+        return self._stacks(indices, 1 - k, k), self._stacks(last, 2 - k, k)
+
+    def _stacks(self, indices: NDArray[np.int64], first: int, count: int) -> NDArray[Any]:
+        """``count`` frames of each transition, the first of them ``first`` after its newest one."""
+        out = np.empty((len(indices), count * self._channels, *self.frames.shape[3:]), self.frames.dtype)
+        _copy(self._bytes, self._rows.reshape(-1), indices, first, out.view(np.uint8).reshape(len(indices), count, -1))
+        return out
+
+    @property
+    def _bytes(self) -> NDArray[np.uint8]:
+        return self.frames.reshape(*self.frames.shape[:2], -1).view(np.uint8)
+
+
+@njit(cache=True)
+def _copy(
+    frames: NDArray[np.uint8],
+    rows: NDArray[np.int64],
+    indices: NDArray[np.int64],
+    first: int,
+    out: NDArray[np.uint8],
+) -> None:
+    """Copy neighbouring frames out of the rings ``[E, R, bytes]``, for transition ``step * E + environment``."""
+    n_envs, n_rows, size = frames.shape
+    for i in range(len(indices)):
+        env = indices[i] % n_envs
+        row = rows[indices[i]] + first
+        for k in range(out.shape[1]):
+            source = frames[env, (row + k) % n_rows]
+            target = out[i, k]
+            for byte in range(size):
+                target[byte] = source[byte]

@@ -71,11 +71,20 @@ def _descend(
     tree: NDArray[np.float64],
     starts: NDArray[np.int64],
     masses: NDArray[np.float64],
+    strata: int,
     leaves: NDArray[np.int64],
     values: NDArray[np.float64],
 ) -> None:
-    """For every mass find the leaf in whose interval of the running sum it lies; masses are used up."""
+    """
+    For every mass find the leaf in whose interval of the running sum it lies; masses are used up.
+
+    ``strata``: 0 if masses are masses; else they are shares, of the total (1) or each of its own stratum.
+    """
     for i in range(len(masses)):
+        if strata == 1:
+            masses[i] = masses[i] * tree[0]
+        elif strata > 1:
+            masses[i] = (masses[i] + i) / strata * tree[0]
         leaves[i] = 0
         values[i] = tree[0]
     for level in range(1, len(starts)):
@@ -181,11 +190,13 @@ class SumTree:
             priorities, ``[n]``
         :raises ValueError: if all priorities are 0
         """
-        left = np.array(masses, np.float64).reshape(-1)
+        return self._find(np.array(masses, np.float64).reshape(-1), 0)
+
+    def _find(self, masses: NDArray[np.float64], strata: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         if not self._tree[0] > 0:
             raise ValueError("Nothing can be drawn: all priorities are 0.")
-        indices, priorities = np.empty(len(left), np.int64), np.empty(len(left))
-        _descend(self._tree, self._starts, left, indices, priorities)
+        indices, priorities = np.empty(len(masses), np.int64), np.empty(len(masses))
+        _descend(self._tree, self._starts, masses, strata, indices, priorities)
         return indices, priorities
 
     def sample(
@@ -201,12 +212,7 @@ class SumTree:
         :return: indices and priorities, ``[n]``
         :raises ValueError: if all priorities are 0
         """
-        draws = rng.random(n)
-        if stratified:
-            draws += np.arange(n)
-            draws /= n
-        draws *= self._tree[0]
-        return self.find(draws)
+        return self._find(rng.random(n), n if stratified else 1)
 
     def __getstate__(self) -> dict[str, object]:
         return {"capacity": self.capacity, "leaves": np.array(self.leaves)}

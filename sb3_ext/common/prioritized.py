@@ -228,12 +228,12 @@ class PrioritizedReplayBuffer(ReplayBuffer):
     ) -> PrioritizedReplayBufferSamples:
         last, discounts = indices, None
         if self.n_steps == 1:
-            rewards = self._normalize_reward(self.rewards.reshape(-1)[indices], env)
+            rewards = self._normalize_reward(self.rewards.take(indices), env)
         else:
             last, rewards, discounts = self._n_step(indices, env)
         observations, next_observations = self.store.take(indices, last)
-        actions = self.actions.reshape(-1, self.action_dim)[indices]
-        dones = self.dones.reshape(-1)[last]
+        actions = self.actions.reshape(-1, self.action_dim).take(indices, axis=0)
+        dones = self.dones.take(last)
         return PrioritizedReplayBufferSamples(
             observations=to_device(self._normalize_obs(observations, env), self.device),
             actions=to_device(actions, self.device),

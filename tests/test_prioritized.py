@@ -407,6 +407,30 @@ def test_atari_frames_once() -> None:
     assert model.replay_buffer.store.frames.nbytes < 1.1 * 500 * 84 * 84
 
 
+def test_learning_again_cuts_the_sequence_where_it_was_left() -> None:
+    env = gym.wrappers.TimeLimit(gym.make("CartPole-v1").unwrapped, 1000)
+    model = DQN("MlpPolicy", env, n_steps=3, train_freq=1, optimize_memory_usage=True, **PER).learn(5)
+    assert model.replay_buffer._pending.tolist() == [2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # SB3 warns that it truncates the last episode
+        model.learn(5)
+    # the environment was reset after the fifth step: an end that is no termination
+    assert model.replay_buffer._ends[:6, 0].tolist() == [False] * 4 + [True, False]
+    assert model.replay_buffer.dones[:6].sum() == 0
+    assert (model.replay_buffer.priorities.tree.leaves[:5] > 0).all()
+
+
+def test_online_frames_of_cql_are_kept_once(breakout: minari.MinariDataset) -> None:
+    model = CQL("CnnPolicy", breakout, policy_kwargs={"net_arch": [], "n_quantiles": 2}, buffer_size=200, seed=0)
+    model.learn_online(20, env=make_eval_env(breakout), offline_fraction=0.5)
+    mixed = model.replay_buffer
+    assert isinstance(mixed, MixedReplayBuffer)
+    assert isinstance(mixed.online, PrioritizedReplayBuffer)
+    assert mixed.online.store.frames.nbytes < 1.2 * 200 * 84 * 84
+    assert mixed.online.size() == 20
+    assert mixed.sample(8).observations.shape == (8, 4, 84, 84)
+
+
 def test_saving_and_loading(tmp_path: Path) -> None:
     model = DQN("MlpPolicy", "CartPole-v1", n_steps=2, **PER).learn(150)
     model.save(tmp_path / "model")

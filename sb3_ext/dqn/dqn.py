@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import sb3_contrib
 import stable_baselines3 as sb3
 import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.nn import functional as F
@@ -43,6 +44,15 @@ class WeightedMixin(OffPolicyAlgorithm):
         self.n_steps = 1
         super()._setup_model()
         self.n_steps = n_steps
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        # SB3 marks the newest transition as terminal where its own buffer loses final observations; ours keeps them
+        optimize, ours = self.optimize_memory_usage, isinstance(self.replay_buffer, PrioritizedReplayBuffer)
+        self.optimize_memory_usage = optimize and not ours
+        try:
+            return super()._setup_learn(*args, **kwargs)
+        finally:
+            self.optimize_memory_usage = optimize
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """

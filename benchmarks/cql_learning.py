@@ -90,11 +90,16 @@ TASKS: dict[str, dict[str, Any]] = {
         },  # 3,000 agent steps: a greedy policy that never fires stands still
         # not the paper's (those are in cql.yml): it has learnt nothing after 150,000 steps, see docs/log.md
         "common": {
-            "learning_rate": 2e-4,
+            "learning_rate": 3e-4,
             "bf16": True,
-            "policy_kwargs": {"features_extractor_class": SmallCNN, "net_arch": [], "optimizer_kwargs": ADAM},
+            "policy_kwargs": {
+                "features_extractor_class": SmallCNN,
+                "net_arch": [],
+                "n_quantiles": 50,
+                "optimizer_kwargs": ADAM,
+            },
         },
-        "cql": {"target_update_interval": 500, "cql_alpha": 20.0, "clip_rewards": True},
+        "cql": {"target_update_interval": 500, "cql_alpha": 50.0, "clip_rewards": True},
     },
 }
 ALGOS = ("cql", "qrdqn", "bc")

@@ -266,7 +266,7 @@ def write_cache(
     try:
         with (partial / (_ZSTD if compressed else _RAW)).open("wb") as file:
             sink = FileSink(file, compressed)
-            arrays = stream(episodes, source.observation_space, int(source.action_space.n), sink, n_frames)
+            arrays = stream(episodes, source.observation_space, source.n_actions, sink, n_frames)
             offsets = sink.finish()
         named = {name: getattr(arrays, name) for name in _NAMED}
         np.savez(partial / "arrays.npz", offsets=offsets, **named)

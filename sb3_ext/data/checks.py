@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
 _LARGEST = np.finfo(np.float32).max
+ActionSpace: TypeAlias = spaces.Discrete | spaces.Box
 _DROP = "Drop the episode with dataset.filter_episodes(...)."
 
 
@@ -23,26 +24,27 @@ class CheckedEpisode:
     An episode of T steps that passed all checks.
 
     :param observations: ``[T + 1, *observation_shape]``
-    :param actions: ``[T]``
+    :param actions: ``[T]``, or ``[T, *action_shape]`` if they are continuous
     :param rewards: ``[T]``
     :param terminated: whether the last step ended the task; otherwise the episode was cut
     """
 
     observations: NDArray[Any]
-    actions: NDArray[np.int64]
+    actions: NDArray[Any]
     rewards: NDArray[Any]
     terminated: bool
 
 
 def check_spaces(
-    observation_space: spaces.Space[Any], action_space: spaces.Space[Any], name: str
-) -> tuple[spaces.Box, spaces.Discrete]:
+    observation_space: spaces.Space[Any], action_space: spaces.Space[Any], name: str, continuous: bool = False
+) -> tuple[spaces.Box, ActionSpace]:
     """
     Accept ``Box`` observations with at least one dimension and ``Discrete`` actions that start at 0.
 
     :param observation_space: of the dataset
     :param action_space: of the dataset
     :param name: of the dataset, for the message
+    :param continuous: accept ``Box`` actions as well
     :return: the spaces
     :raises DatasetError: otherwise
     """
@@ -51,6 +53,8 @@ def check_spaces(
             f"{name}: observation_space is {observation_space}; vectors and images (Box) are supported. Record the "
             "dataset through a wrapper that gives a Box (gymnasium.wrappers.FlattenObservation for instance)."
         )
+    if continuous and isinstance(action_space, spaces.Box) and action_space.shape:
+        return observation_space, action_space
     if not isinstance(action_space, spaces.Discrete):
         raise DatasetError(
             f"{name}: action_space is {action_space}; Discrete actions are supported. Discretise continuous ones in a "
@@ -69,7 +73,16 @@ def _first(mask: NDArray[np.bool_]) -> int:
     return int(np.flatnonzero(mask.reshape(len(mask), -1).any(axis=1))[0])
 
 
-def _check_observations(observations: NDArray[Any], space: spaces.Box, where: str) -> NDArray[Any]:
+def check_observations(observations: NDArray[Any], space: spaces.Box, where: str) -> NDArray[Any]:
+    """
+    Check and convert the observations of one episode.
+
+    :param observations: ``[T + 1, *observation_shape]``
+    :param space: of the dataset
+    :param where: dataset and episode, for the message
+    :return: the observations in the space's type
+    :raises DatasetError: naming the step
+    """
     if observations.shape[1:] != space.shape:
         raise DatasetError(
             f"{where}: observations have shape {observations.shape[1:]}, the dataset's observation_space says "
@@ -99,7 +112,7 @@ def _check_rewards(rewards: NDArray[Any], where: str) -> None:
         raise DatasetError(f"{where}, step {_first(bad)}: the reward is {rewards[_first(bad)]}. {_DROP}")
 
 
-def _check_actions(actions: NDArray[Any], action_space: spaces.Discrete, where: str) -> NDArray[np.int64]:
+def _check_whole(actions: NDArray[Any], action_space: spaces.Discrete, where: str) -> NDArray[np.int64]:
     if actions.dtype.kind not in "iub" and not (np.isfinite(actions) & (actions == np.round(actions))).all():
         step = _first(~(np.isfinite(actions) & (actions == np.round(actions))))
         raise DatasetError(f"{where}, step {step}: action {actions[step]} is no whole number. {_DROP}")
@@ -109,6 +122,34 @@ def _check_actions(actions: NDArray[Any], action_space: spaces.Discrete, where: 
         step = _first(outside)
         raise DatasetError(f"{where}, step {step}: action {whole[step]} is outside Discrete({action_space.n}). {_DROP}")
     return whole
+
+
+def _check_continuous(actions: NDArray[Any], action_space: spaces.Box, where: str) -> NDArray[Any]:
+    if actions.shape[1:] != action_space.shape:
+        raise DatasetError(
+            f"{where}: actions have shape {actions.shape[1:]}, the dataset's action_space says {action_space.shape}."
+        )
+    slack = 1e-5 * np.maximum(np.abs(np.stack([action_space.low, action_space.high])), 1)  # a float32's rounding
+    outside = ~((actions >= action_space.low - slack[0]) & (actions <= action_space.high + slack[1]))  # NaN too
+    if outside.any():
+        step = _first(outside)
+        raise DatasetError(f"{where}, step {step}: action {actions[step]} is outside {action_space}. {_DROP}")
+    return actions.astype(action_space.dtype)
+
+
+def check_actions(actions: NDArray[Any], action_space: ActionSpace, where: str) -> NDArray[Any]:
+    """
+    Check and convert the actions of one episode.
+
+    :param actions: ``[T]``, or ``[T, *action_shape]``
+    :param action_space: of the dataset
+    :param where: dataset and episode, for the message
+    :return: the actions, int64 or the space's type
+    :raises DatasetError: naming the step
+    """
+    if isinstance(action_space, spaces.Box):
+        return _check_continuous(actions, action_space, where)
+    return _check_whole(actions.reshape(-1), action_space, where)
 
 
 def _check_flags(terminations: NDArray[np.bool_], truncations: NDArray[np.bool_], where: str, strict: bool) -> bool:
@@ -132,7 +173,7 @@ def check_episode(
     index: int,
     name: str,
     observation_space: spaces.Box,
-    action_space: spaces.Discrete,
+    action_space: ActionSpace,
     strict: bool = True,
 ) -> CheckedEpisode:
     """
@@ -162,7 +203,7 @@ def check_episode(
         )
     sizes = {
         "observations": (len(observations), steps + 1),
-        "actions": (actions.size, steps),
+        "actions": (len(actions) if isinstance(action_space, spaces.Box) else actions.size, steps),
         "terminations": (len(terminations), steps),
         "truncations": (len(truncations), steps),
     }
@@ -172,7 +213,7 @@ def check_episode(
                 f"{where}: {found} {field} for {steps} rewards, expected {wanted}. The episode was not stored whole."
             )
     _check_rewards(rewards, where)
-    observations = _check_observations(observations, observation_space, where)
-    whole = _check_actions(actions.reshape(-1), action_space, where)
+    observations = check_observations(observations, observation_space, where)
+    actions = check_actions(actions, action_space, where)
     terminated = _check_flags(terminations, truncations, where, strict)
-    return CheckedEpisode(observations, whole, rewards, terminated)
+    return CheckedEpisode(observations, actions, rewards, terminated)

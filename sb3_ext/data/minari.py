@@ -87,7 +87,7 @@ def _read(
         try:
             if storage == "ram":
                 sink = RamSink(n_rows)
-                arrays = stream(episodes, source.observation_space, int(source.action_space.n), sink, n)
+                arrays = stream(episodes, source.observation_space, source.n_actions, sink, n)
                 return sink.finish(), arrays
             write_cache(source, episodes, folder / key, n_rows, n, compressed)
             break
@@ -161,6 +161,7 @@ def load_minari(
     kind: Callable[..., OfflineReplayBuffer] = OfflineReplayBuffer
     if prioritized is not False:
         kind = partial(PrioritizedOfflineReplayBuffer, prioritized={} if prioritized is True else prioritized)
+    assert isinstance(source.action_space, spaces.Discrete)
     buffer = kind(
         frames,
         arrays.actions,
@@ -215,7 +216,7 @@ def make_eval_env(
     :return: the environment, monitored
     :raises DatasetError: if the dataset does not name an environment
     """
-    source = open_source(dataset)
+    source = open_source(dataset, continuous=True)
     fields_of_spec = env_spec(source.metadata)
     if fields_of_spec is None:
         raise DatasetError(

@@ -22,7 +22,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ext.data.checks import CheckedEpisode, DatasetError, check_episode, check_spaces
+from sb3_ext.data.checks import ActionSpace, CheckedEpisode, DatasetError, check_episode, check_spaces
 
 DatasetLike: TypeAlias = minari.MinariDataset | str | os.PathLike[str]
 
@@ -43,7 +43,13 @@ class Source:
     metadata: dict[str, Any]
     episodes: NDArray[np.int64]
     observation_space: spaces.Box
-    action_space: spaces.Discrete
+    action_space: ActionSpace
+
+    @property
+    def n_actions(self) -> int:
+        """Number of discrete actions."""
+        assert isinstance(self.action_space, spaces.Discrete)
+        return int(self.action_space.n)
 
     @property
     def name(self) -> str:
@@ -117,6 +123,17 @@ class Source:
             import pyarrow  # here, because it takes a second and HDF5 does without
 
             pyarrow.default_memory_pool().release_unused()  # or it keeps about 100 MB for the process's life
+
+    def read_all(self, strict: bool = True) -> list[CheckedEpisode]:
+        """
+        Read and check every episode into RAM, for datasets as small as demonstrations are.
+
+        :param strict: see :func:`~sb3_ext.data.checks.check_episode`
+        :return: the episodes
+        :raises DatasetError: see :meth:`read`
+        """
+        storage = self.open()
+        return list(self.read(storage, self.episodes, self.episode_lengths(storage), strict))
 
     def warn_if_lossy(self) -> None:
         """Warn when the images went through JPEG."""
@@ -209,12 +226,13 @@ def _read_space(metadata: dict[str, Any], field: str, path: Path, build_env: boo
     return space
 
 
-def open_source(dataset: DatasetLike, build_env: bool = False) -> Source:
+def open_source(dataset: DatasetLike, build_env: bool = False, continuous: bool = False) -> Source:
     """
     Find a dataset and read its metadata.
 
     :param dataset: a ``MinariDataset``, an id (local, else downloaded) or a path
     :param build_env: allow building its environment if the metadata lacks its spaces
+    :param continuous: accept ``Box`` actions as well
     :return: the source
     :raises DatasetError: if it is missing, damaged or of the wrong kind
     :raises TypeError: if it is not a dataset
@@ -229,6 +247,7 @@ def open_source(dataset: DatasetLike, build_env: bool = False) -> Source:
         _read_space(metadata, "observation_space", path, build_env),
         _read_space(metadata, "action_space", path, build_env),
         _name(metadata, path),
+        continuous,
     )
     episodes = np.arange(metadata["total_episodes"])
     if not isinstance(dataset, (str, os.PathLike)):

@@ -1,0 +1,326 @@
+"""Demonstrations from Minari datasets, imitation trajectories, recorded episodes and SB3 replay buffers."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from imitation.data.types import DictObs, Trajectory
+from numpy.typing import NDArray
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+
+from sb3_ext.data import DatasetError, Episode
+from sb3_ext.data.checks import check_actions, check_observations
+from sb3_ext.data.envs import is_frame_space, to_channel_first
+from sb3_ext.data.source import DatasetLike, env_spec, open_source
+
+DemonstrationsLike: TypeAlias = DatasetLike | Sequence[Trajectory] | Sequence[Episode] | ReplayBuffer
+
+_KINDS = (
+    "a Minari dataset (object, id or path), imitation trajectories, episodes of sb3_ext.data.collect_episodes, or an "
+    "SB3 ReplayBuffer"
+)
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """
+    One demonstrated episode, or piece of one, of T steps.
+
+    :param observations: ``[T + 1, ...]``, single frames if the agent sees stacks
+    :param actions: ``[T]`` or ``[T, ...]``
+    :param terminated: whether the last step ended the task; False if a time limit did, or nothing
+    """
+
+    observations: NDArray[Any]
+    actions: NDArray[Any]
+    terminated: bool
+
+
+class Demonstrations:
+    """
+    Demonstrated transitions, checked against the spaces of the agent that shall imitate them.
+
+    Every frame is kept once; stacks are rebuilt when a batch is drawn.
+
+    :param demonstrations: any of the kinds that :class:`~sb3_ext.gail.GAIL` takes
+    :param observation_space: of the agent
+    :param action_space: of the agent
+    :param env: the agent's environment, for its time limit and its id
+    :param device: where batches go
+    :raises DatasetError: if they are damaged, invalid or of another environment
+    :raises TypeError: if they are of no known kind
+    """
+
+    def __init__(
+        self,
+        demonstrations: DemonstrationsLike,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        env: VecEnv | None = None,
+        device: th.device | str = "cpu",
+    ) -> None:
+        self.name, found, frame_space = _read(demonstrations, observation_space, action_space, env)
+        if not found:
+            raise DatasetError(f"{self.name}: there is no episode in it.")
+        self.trajectories, self.frame_stack = _fit(self.name, found, frame_space, observation_space)
+        lengths = np.array([len(d.actions) for d in self.trajectories])
+        self.device = th.device(device)
+        self._frames = th.as_tensor(np.concatenate([d.observations for d in self.trajectories]))
+        self._actions = th.as_tensor(np.concatenate([d.actions for d in self.trajectories]))
+        ends = [np.arange(n) == n - 1 for n in lengths]
+        over = [end & d.terminated for end, d in zip(ends, self.trajectories, strict=True)]
+        self._terminated = th.as_tensor(np.concatenate(over)).float()
+        self._age = th.as_tensor(np.concatenate([np.arange(n) for n in lengths]))
+        first = np.cumsum(lengths + 1) - (lengths + 1)
+        self._rows = th.as_tensor(np.concatenate([f + np.arange(n) for f, n in zip(first, lengths, strict=True)]))
+        if not is_frame_space(observation_space):
+            self._frames, self._actions = self._frames.to(self.device), self._actions.to(self.device)
+            self._terminated, self._rows = self._terminated.to(self.device), self._rows.to(self.device)
+
+    def __len__(self) -> int:
+        """Number of transitions."""
+        return len(self._actions)
+
+    @property
+    def n_terminated(self) -> int:
+        """Number of episodes that ended the task."""
+        return sum(d.terminated for d in self.trajectories)
+
+    def _observations(self, rows: th.Tensor, age: th.Tensor) -> th.Tensor:
+        if self.frame_stack == 1:
+            return self._frames[rows]
+        back = th.arange(self.frame_stack - 1, -1, -1)
+        frames = self._frames[(rows[:, None] - back).clamp(min=0)]
+        frames *= (back <= age[:, None]).view(*frames.shape[:2], *[1] * (frames.ndim - 2)).to(frames.dtype)
+        return frames.flatten(1, 2)
+
+    def get(
+        self, which: th.Tensor, normalize: VecNormalize | None = None, next_observations: bool = True
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+        """
+        Transitions by number.
+
+        :param which: their numbers, ``[B]``
+        :param normalize: normalise the observations as this wrapper does now
+        :param next_observations: False returns the observations in their place
+        :return: observations ``[B, ...]``, actions ``[B, ...]``, next observations ``[B, ...]``, and whether the task
+            ended ``[B]``, on the device
+        """
+        which = which.to(self._rows.device)
+        rows, age = self._rows[which], self._age[which.cpu()]
+        observations = [self._observations(rows, age)]
+        if next_observations:
+            observations.append(self._observations(rows + 1, age + 1))
+        if normalize is not None:
+            observations = [th.as_tensor(normalize.normalize_obs(o.cpu().numpy())) for o in observations]
+        now, after = observations[0].to(self.device), observations[-1].to(self.device)
+        return now, self._actions[which].to(self.device), after, self._terminated[which].to(self.device)
+
+    def sample(
+        self, n: int, normalize: VecNormalize | None = None, next_observations: bool = True
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+        """
+        Draw transitions uniformly with PyTorch's generator.
+
+        :param n: how many, B
+        :param normalize: see :meth:`get`
+        :param next_observations: see :meth:`get`
+        :return: see :meth:`get`
+        """
+        return self.get(th.randint(len(self), (n,)), normalize, next_observations)
+
+
+def load_trajectories(demonstrations: DemonstrationsLike, env: gym.Env[Any, Any] | VecEnv) -> list[Trajectory]:
+    """
+    Read demonstrations as trajectories for the ``imitation`` library's own algorithms.
+
+    :param demonstrations: what :class:`~sb3_ext.gail.GAIL` takes
+    :param env: environment that they shall fit; frames are stacked as it shows them
+    :return: the trajectories; unlike those of ``imitation.data.rollout``, ``terminal`` is False where a time limit
+        ended the episode
+    :raises DatasetError: if they are damaged, invalid or of another environment
+    :raises TypeError: if they are of no known kind
+    """
+    venv = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
+    found = Demonstrations(demonstrations, venv.observation_space, venv.action_space, venv)
+    trajectories, start = [], 0
+    for d in found.trajectories:
+        length = len(d.actions)
+        observations, actions, after, _ = found.get(th.arange(start, start + length))
+        stacked = np.concatenate([observations.numpy(), after[-1:].numpy()])
+        trajectories.append(Trajectory(stacked, actions.numpy(), None, d.terminated))
+        start += length
+    return trajectories
+
+
+def _read(
+    demonstrations: Any, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], env: VecEnv | None
+) -> tuple[str, list[Demonstration], spaces.Space[Any]]:
+    """Name, episodes and space of their observations."""
+    if not isinstance(observation_space, spaces.Box):
+        raise TypeError(
+            f"GAIL needs Box observations, the environment has {observation_space}; "
+            "wrap it in gymnasium.wrappers.FlattenObservation for instance."
+        )
+    if isinstance(demonstrations, (minari.MinariDataset, str, os.PathLike)):
+        return _read_minari(demonstrations, observation_space, action_space, env)
+    if isinstance(demonstrations, ReplayBuffer):
+        found = _split_buffer(demonstrations)
+        return (
+            "the replay buffer",
+            _check("the replay buffer", found, observation_space, action_space),
+            (observation_space),
+        )
+    if isinstance(demonstrations, Sequence) and demonstrations:
+        if all(isinstance(d, Trajectory) for d in demonstrations):
+            limit = _time_limit(env)
+            found = [Demonstration(_array(d), d.acts, _terminated(d, limit)) for d in demonstrations]
+            return (
+                "the trajectories",
+                _check("the trajectories", found, observation_space, action_space),
+                (observation_space),
+            )
+        if all(isinstance(d, Episode) for d in demonstrations):
+            found = [Demonstration(d.observations, d.actions, d.terminated) for d in demonstrations]
+            frame_space = _frame_space(found[0].observations, observation_space)
+            return "the episodes", _check("the episodes", found, frame_space, action_space), frame_space
+    shown = "nothing" if isinstance(demonstrations, Sequence) and not demonstrations else type(demonstrations).__name__
+    raise TypeError(f"Demonstrations are {_KINDS}; got {shown}.")
+
+
+def _read_minari(
+    dataset: DatasetLike, observation_space: spaces.Box, action_space: spaces.Space[Any], env: VecEnv | None
+) -> tuple[str, list[Demonstration], spaces.Space[Any]]:
+    source = open_source(dataset, continuous=True)
+    source.warn_if_lossy()
+    if not _same_actions(source.action_space, action_space):
+        raise DatasetError(
+            f"{source.name} is of another environment: its actions are {source.action_space}, those of the environment "
+            f"to train in {action_space}."
+        )
+    theirs, ours = (env_spec(source.metadata) or {}).get("id"), getattr(_spec(env), "id", None)
+    found = [Demonstration(e.observations, e.actions, e.terminated) for e in source.read_all()]
+    _fit(source.name, found[:1], source.observation_space, observation_space)
+    if theirs and ours and theirs != ours:
+        warnings.warn(
+            f"{source.name} was made in {theirs}, the environment to train in is {ours}; their spaces agree.",
+            stacklevel=2,
+        )
+    return source.name, found, source.observation_space
+
+
+def _spec(env: VecEnv | None) -> Any:
+    if env is None:
+        return None
+    try:
+        return env.get_attr("spec", 0)[0]
+    except AttributeError:
+        return None
+
+
+def _time_limit(env: VecEnv | None) -> int | None:
+    return getattr(_spec(env), "max_episode_steps", None)
+
+
+def _array(trajectory: Trajectory) -> NDArray[Any]:
+    if isinstance(trajectory.obs, DictObs):
+        raise DatasetError("The trajectories have Dict observations; GAIL needs arrays.")
+    return np.asarray(trajectory.obs)
+
+
+def _terminated(trajectory: Trajectory, time_limit: int | None) -> bool:
+    """Whether the task ended; imitation marks an episode that a time limit cut as terminal too."""
+    if not trajectory.terminal:
+        return False
+    if trajectory.infos is not None and len(trajectory.infos):
+        truncated = trajectory.infos[-1].get("TimeLimit.truncated")
+        if truncated is not None:
+            return not truncated
+    return len(trajectory.acts) != time_limit
+
+
+def _split_buffer(buffer: ReplayBuffer) -> list[Demonstration]:
+    """Episodes of each environment's column, in the order in which they were added."""
+    if isinstance(buffer, DictReplayBuffer):
+        raise DatasetError("The replay buffer has Dict observations; GAIL needs arrays.")
+    order = np.arange(buffer.size())
+    if buffer.full:
+        order = np.roll(order, -buffer.pos)
+    found = []
+    for column in range(buffer.n_envs):
+        dones = buffer.dones[order, column] > 0
+        starts = [0, *(np.flatnonzero(dones[:-1]) + 1).tolist(), len(order)]
+        for a, b in pairwise(starts):
+            rows = order[a:b]
+            after = (rows[-1:] + 1) % buffer.buffer_size if buffer.optimize_memory_usage else rows[-1:]
+            last = (buffer.observations if buffer.optimize_memory_usage else buffer.next_observations)[after, column]
+            observations = np.concatenate([buffer.observations[rows, column], last])
+            actions = buffer.actions[rows, column]
+            if isinstance(buffer.action_space, spaces.Discrete):
+                actions = actions.reshape(-1)
+            terminated = bool(dones[b - 1]) and not buffer.timeouts[rows[-1], column]
+            found.append(Demonstration(observations, actions, terminated))
+    return found
+
+
+def _frame_space(observations: NDArray[Any], space: spaces.Box) -> spaces.Box:
+    """Space of single observations as they were recorded."""
+    if observations.dtype == np.uint8 and is_frame_space(space):
+        return spaces.Box(0, 255, observations.shape[1:], np.uint8)
+    return space
+
+
+def _check(
+    name: str, found: list[Demonstration], observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
+) -> list[Demonstration]:
+    """The checks that a dataset went through when it was read."""
+    if not isinstance(action_space, (spaces.Discrete, spaces.Box)):
+        raise DatasetError(f"{name}: the environment's actions are {action_space}; Discrete and Box are supported.")
+    assert isinstance(observation_space, spaces.Box)
+    checked = []
+    for number, d in enumerate(found):
+        where = f"{name}, episode {number}"
+        observations = check_observations(d.observations, observation_space, where)
+        checked.append(Demonstration(observations, check_actions(d.actions, action_space, where), d.terminated))
+    return checked
+
+
+def _same_actions(theirs: spaces.Space[Any], ours: spaces.Space[Any]) -> bool:
+    if isinstance(theirs, spaces.Discrete) or isinstance(ours, spaces.Discrete):
+        return isinstance(theirs, spaces.Discrete) and isinstance(ours, spaces.Discrete) and theirs.n == ours.n
+    assert isinstance(theirs, spaces.Box)
+    same = isinstance(ours, spaces.Box) and theirs.shape == ours.shape
+    return same and np.allclose(theirs.low, ours.low) and np.allclose(theirs.high, ours.high)  # type: ignore[attr-defined]
+
+
+def _fit(
+    name: str, found: list[Demonstration], space: spaces.Space[Any], wanted: spaces.Space[Any]
+) -> tuple[list[Demonstration], int]:
+    """Bring frames to the agent's layout; how many of them it sees at once."""
+    assert wanted.shape is not None
+    images = is_frame_space(space) and is_frame_space(wanted)
+    if images and space.shape != wanted.shape:
+        found = [Demonstration(to_channel_first(d.observations, space), d.actions, d.terminated) for d in found]
+    shape = found[0].observations.shape[1:]
+    if shape == wanted.shape:
+        return found, 1
+    if images and len(shape) == len(wanted.shape) and shape[1:] == wanted.shape[1:] and wanted.shape[0] % shape[0] == 0:
+        return found, wanted.shape[0] // shape[0]
+    hint = ""
+    if images:
+        hint = " Pictures must be channel first in the environment, with a whole number of recorded frames in a stack."
+    raise DatasetError(
+        f"{name}: recorded in another environment, or through other wrappers: its observations have shape "
+        f"{space.shape}, those of the environment to train in {wanted.shape}.{hint}"
+    )

@@ -1,0 +1,201 @@
+"""What tells expert from generator, and what reward that makes. Logits are high for the expert, as in ``imitation``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import gymnasium as gym
+import torch as th
+from gymnasium import spaces
+from imitation.algorithms.adversarial.common import compute_train_stats
+from imitation.rewards.reward_nets import BasicRewardNet, CnnRewardNet, RewardNet
+from imitation.util.networks import RunningNorm
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm as add_spectral_norm
+
+from sb3_ext.data.envs import is_frame_space
+
+RewardForm: TypeAlias = Callable[[th.Tensor], th.Tensor]
+Batch: TypeAlias = tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]
+"""Observations, actions, next observations ``[B, ...]`` each, and whether the task ended ``[B]``."""
+
+SCORED_AT_ONCE = 2048
+
+REWARDS: dict[str, RewardForm] = {
+    "-log(1-D)": F.softplus,
+    "log(D)": F.logsigmoid,
+    "D": th.sigmoid,
+    "logit": lambda logits: logits,
+    "airl": lambda logits: logits,
+}
+"""Reward of a logit l, where D = sigmoid(l) is the probability that the expert acted."""
+
+
+def reward_form(reward: str | RewardForm) -> RewardForm:
+    """
+    Look a reward form up.
+
+    :param reward: its name, or a function from logits ``[B]`` to rewards ``[B]``
+    :return: the function
+    :raises ValueError: if there is none of that name
+    """
+    if callable(reward):
+        return reward
+    if reward not in REWARDS:
+        raise ValueError(f"There is no reward {reward!r}; choose one of {', '.join(map(repr, REWARDS))}.")
+    return REWARDS[reward]
+
+
+def make_reward_net(
+    observation_space: gym.Space[Any],
+    action_space: gym.Space[Any],
+    net_class: type[RewardNet] | None,
+    net_kwargs: dict[str, Any],
+    spectral_norm: bool,
+) -> RewardNet:
+    """
+    Build the network behind the discriminator.
+
+    :param observation_space: of the agent, pictures channel first
+    :param action_space: of the agent
+    :param net_class: a reward network of ``imitation``; default: ``CnnRewardNet`` for pictures, else
+        ``BasicRewardNet`` with ``RunningNorm`` on its input
+    :param net_kwargs: further arguments for it
+    :param spectral_norm: bound the Lipschitz constant of each layer by 1 (Miyato et al., 2018)
+    :return: the network
+    :raises ValueError: if pictures come with actions that are not discrete
+    """
+    defaults: dict[str, Any] = {}
+    if net_class is None and is_frame_space(observation_space):
+        net_class, defaults = CnnRewardNet, {"hwc_format": False}
+        if net_kwargs.get("use_action", True) and not isinstance(action_space, spaces.Discrete):
+            raise ValueError(
+                f"imitation's CnnRewardNet takes discrete actions only, these are {action_space}. Pass "
+                "reward_net_kwargs={'use_action': False}, or a reward_net_class of your own."
+            )
+    elif net_class is None:
+        net_class, defaults = BasicRewardNet, {"normalize_input_layer": RunningNorm}
+    net = net_class(observation_space, action_space, **{**defaults, **net_kwargs})
+    if spectral_norm:
+        for module in net.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                add_spectral_norm(module)
+    return net
+
+
+class Discriminator:
+    """
+    Network, optimizer and training step of the discriminator, with the loss of ``imitation``'s adversarial trainer.
+
+    :param observation_space: of the agent
+    :param action_space: of the agent
+    :param net: the network, see :func:`make_reward_net`
+    :param learning_rate: of Adam; a float or a schedule
+    :param penalty: weight of the gradient penalty, 0 for none
+    :param device: of the network
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        net: RewardNet,
+        learning_rate: float | Schedule,
+        penalty: float,
+        device: th.device,
+    ) -> None:
+        self.observation_space, self.action_space = observation_space, action_space
+        self.net, self.penalty, self.device = net.to(device).eval(), penalty, device
+        self._schedule = FloatSchedule(learning_rate)
+        self.optimizer = th.optim.Adam(self.net.parameters(), lr=self._schedule(1.0))
+        # a network of another class may look at the next observation without saying so
+        self.needs_next = bool(getattr(self.net, "use_next_state", True))
+        self._last: tuple[th.Tensor, th.Tensor, th.Tensor] | None = None
+
+    def set_progress(self, remaining: float) -> None:
+        """
+        Follow the learning-rate schedule.
+
+        :param remaining: share of the training that is still to come, from 1 to 0
+        """
+        update_learning_rate(self.optimizer, self._schedule(remaining))
+
+    def _preprocess(self, batch: Batch) -> Batch:
+        """One-hot actions, pixels in [0, 1]."""
+        observations, actions, after, ended = batch
+        scale = self.net.normalize_images
+        now = preprocess_obs(observations, self.observation_space, scale)
+        then = preprocess_obs(after, self.observation_space, scale) if self.needs_next else now
+        return now, preprocess_obs(actions, self.action_space, scale), then, ended  # type: ignore[return-value]
+
+    def train(self, expert: Batch, generator: Batch, log_prob: th.Tensor | None = None) -> None:
+        """
+        One step on the mean binary cross-entropy between expert (1) and generator (0).
+
+        :param expert: steps of the expert, B of them
+        :param generator: as many of the agent
+        :param log_prob: log pi(a|s) of the expert's, then of the agent's actions, ``[2 B]``: subtracted from the
+            network's output, which makes this AIRL's discriminator
+        """
+        self.net.train()
+        e, g = self._preprocess(expert), self._preprocess(generator)
+        logits = self.net(*(th.cat(pair) for pair in zip(e, g, strict=True)))
+        if log_prob is not None:
+            logits = logits - log_prob
+        labels = th.cat([th.ones(len(e[0]), device=self.device), th.zeros(len(g[0]), device=self.device)])
+        loss = F.binary_cross_entropy_with_logits(logits, labels)
+        self._last = (logits.detach(), labels, loss.detach())
+        if self.penalty:
+            loss = loss + self.penalty * self._gradient_penalty(e, g).mean()
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.net.eval()
+
+    def _gradient_penalty(self, expert: Batch, generator: Batch) -> th.Tensor:
+        """
+        Squared distance of the gradient's norm from 1 between expert and generator (Gulrajani et al., 2017, eq. 3).
+
+        Unlike the paper, the network is no critic but gives logits; as in DAC (Kostrikov et al., 2019).
+        """
+        self.net.eval()  # these points are nobody's data: they stay out of the input normalisation
+        share = th.rand(len(expert[0]), device=self.device)
+        between = []
+        for e, g in zip(expert, generator, strict=True):
+            s = share.view(-1, *[1] * (e.ndim - 1))
+            between.append((s * e + (1 - s) * g).requires_grad_(True))
+        gradients = th.autograd.grad(self.net(*between).sum(), between, create_graph=True, allow_unused=True)
+        squares = th.stack([g.flatten(1).square().sum(1) for g in gradients if g is not None]).sum(0)
+        return (th.sqrt(squares + 1e-12) - 1).square()
+
+    def logits(self, batch: Batch, log_prob: th.Tensor | None = None) -> th.Tensor:
+        """
+        Score transitions, without gradient.
+
+        :param batch: the transitions, on any device
+        :param log_prob: as in :meth:`train`, ``[B]``
+        :return: logits, high for the expert, ``[B]``
+        """
+        found = []
+        with th.no_grad():
+            for start in range(0, len(batch[0]), SCORED_AT_ONCE):
+                o, a, n, d = (part[start : start + SCORED_AT_ONCE].to(self.device) for part in batch)
+                found.append(self.net(*self._preprocess((o, a, n, d))))
+        logits = th.cat(found)
+        return logits if log_prob is None else logits - log_prob.to(self.device)
+
+    def statistics(self) -> dict[str, float]:
+        """
+        Describe the last training step as ``imitation`` does.
+
+        :return: loss, accuracies and entropy by name; empty if there was no step
+        """
+        if self._last is None:
+            return {}
+        stats = compute_train_stats(*self._last)
+        return {k: stats[k] for k in ("disc_loss", "disc_acc", "disc_acc_expert", "disc_acc_gen", "disc_entropy")}

@@ -36,6 +36,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ext.data import StackFrames
@@ -111,20 +112,19 @@ def run(task: str, algo: str, seed: int, overrides: dict[str, Any], results: Pat
     env, curve = make_env(task, seed), Curve(task, name)
     policy = "CnnPolicy" if task == "catch" else "MlpPolicy"
     used = {**OURS, **(CONSTANT if algo == "constant" else {}), **overrides}
+    for key, value in used.items():
+        if isinstance(value, str) and value.startswith("lin_"):
+            used[key] = LinearSchedule(float(value[4:]), 0.0, 1.0)
     if algo == "imitation":
         demonstrations = load_trajectories(settings["dataset"], env)
         batch = min(1024, sum(len(t) for t in demonstrations))
-        used = {
-            **QUICKSTART,
-            "demo_batch_size": batch,
-            "gen_replay_buffer_capacity": 512,
-            "n_disc_updates_per_round": 8,
-        }
+        disc = {"demo_batch_size": batch, "gen_replay_buffer_capacity": 512, "n_disc_updates_per_round": 8}
+        used = {**QUICKSTART, **disc}
         generator = PPO(policy, env, seed=seed, device="cpu", **QUICKSTART)
         net = BasicRewardNet(env.observation_space, env.action_space, normalize_input_layer=RunningNorm)
         trainer = ImitationGAIL(
-            demonstrations=demonstrations, demo_batch_size=batch, gen_replay_buffer_capacity=512,
-            n_disc_updates_per_round=8, venv=env, gen_algo=generator, reward_net=net, allow_variable_horizon=True,
+            demonstrations=demonstrations, venv=env, gen_algo=generator, reward_net=net, allow_variable_horizon=True,
+            **disc,
         )  # fmt: skip
         steps = settings["steps"] // (2048 * 8) * 2048 * 8
         trainer.train(max(steps, 2048 * 8), callback=lambda _: curve.evaluate(generator, generator.num_timesteps))
@@ -166,10 +166,11 @@ def table(results: Path) -> None:
                 continue
             greedy = [float(np.mean(r["curve"][-1]["greedy"])) for r in group]
             sampled = [float(np.mean(r["curve"][-1]["sampled"])) for r in group]
+            expert, steps = group[0]["dataset"]["expert_return"], group[0]["curve"][-1]["step"]
+            each, cpu = ", ".join(f"{g:.0f}" for g in greedy), np.median([r["curve"][-1]["cpu_seconds"] for r in group])
             print(
-                f"| {task} | {group[0]['dataset']['expert_return']:.1f} | {algo} | {len(group)} | "
-                f"{group[0]['curve'][-1]['step']:,} | **{np.mean(greedy):.1f}**: {', '.join(f'{g:.0f}' for g in greedy)}"
-                f" | {np.mean(sampled):.1f} | {np.median([r['curve'][-1]['cpu_seconds'] for r in group]):.0f} |"
+                f"| {task} | {expert:.1f} | {algo} | {len(group)} | {steps:,} | **{np.mean(greedy):.1f}**: {each} | "
+                f"{np.mean(sampled):.1f} | {cpu:.0f} |"
             )
 
 

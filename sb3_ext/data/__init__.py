@@ -3,18 +3,24 @@
 from sb3_ext.data.checks import DatasetError
 from sb3_ext.data.envs import StackFrames, make_atari_env
 from sb3_ext.data.minari import load_minari, make_eval_env
+from sb3_ext.data.play import default_keys, describe_keys, parse_keys, play_episodes
 from sb3_ext.data.record import EpisodeRecorder, collect_episodes, record
-from sb3_ext.data.write import Episode, write_dataset
+from sb3_ext.data.write import Episode, check_new_id, write_dataset
 
 __all__ = [
     "DatasetError",
     "Episode",
     "EpisodeRecorder",
     "StackFrames",
+    "check_new_id",
     "collect_episodes",
+    "default_keys",
+    "describe_keys",
     "load_minari",
     "make_atari_env",
     "make_eval_env",
+    "parse_keys",
+    "play_episodes",
     "record",
     "write_dataset",
 ]

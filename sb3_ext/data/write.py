@@ -113,8 +113,15 @@ def _plain_spec(env: gym.Env[Any, Any]) -> EnvSpec:
     return spec
 
 
-def _check_id(dataset_id: str, overwrite: bool) -> tuple[str | None, Path]:
-    """Namespace and folder of a new dataset."""
+def check_new_id(dataset_id: str, overwrite: bool = False) -> tuple[str | None, Path]:
+    """
+    Make sure that a dataset can be written under an id, before anything is played for it.
+
+    :param dataset_id: ``namespace/name-v0``
+    :param overwrite: whether one of the same id may be replaced
+    :return: namespace and folder of the new dataset
+    :raises ValueError: if the id is malformed, lacks a version, or is taken
+    """
     match = DATASET_ID_RE.fullmatch(dataset_id)
     if match is None or match["version"] is None:
         raise ValueError(
@@ -204,7 +211,7 @@ def write_dataset(
     :return: the dataset
     :raises ValueError: if the id is malformed, lacks a version, is taken, or there is no episode
     """
-    namespace, final = _check_id(dataset_id, overwrite)
+    namespace, final = check_new_id(dataset_id, overwrite)
     spec = _plain_spec(env)
     observation_space = env.observation_space
     if data_format is None:

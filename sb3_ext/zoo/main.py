@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from sb3_ext import __version__
 from sb3_ext.zoo.config import ZooError
+from sb3_ext.zoo.data import play
 from sb3_ext.zoo.enjoy import enjoy
 from sb3_ext.zoo.train import train
 
@@ -26,7 +27,7 @@ def _steps(text: str) -> int:
 
 def _add_common(parser: argparse.ArgumentParser, folder: tuple[str, ...]) -> None:
     parser.add_argument(
-        "--algo", required=True, help="algorithm: bc, cql, dqn, qrdqn, or another one that is installed"
+        "--algo", required=True, help="algorithm: bc, cql, dqn, gail, qrdqn, or another one that is installed"
     )
     parser.add_argument("--env", help="environment id, for instance CartPole-v1")
     parser.add_argument("--dataset", help="id or path of a Minari dataset")
@@ -82,6 +83,20 @@ def _add_enjoy(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=enjoy)
 
 
+def _add_play(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("env_id", metavar="ENV", help="environment id, for instance CartPole-v1")
+    add("--id", required=True, help="id of the new dataset, for instance cartpole/human-v0")
+    add("--episodes", type=int, default=10, help="episodes to play (default 10)")
+    add("--fps", type=float, help="steps per second (default 15 for Atari games, else the environment's, 30 at most)")
+    add("--keys", nargs="+", metavar="NAME:ACTION", help="left:0 right:1 up+space:2 none:3; default: see docs")
+    add("--size", type=int, default=600, help="height of the window in pixels (default 600)")
+    add("--seed", type=int, default=0, help="seed of the first episode (default 0)")
+    add("--author", default="The sb3_ext authors", help="who plays, for the metadata")
+    add("--overwrite", action="store_true", help="replace a dataset of the same id")
+    parser.set_defaults(function=play, verbose=1)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """
     Describe the command line.
@@ -93,6 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(verbs.add_parser("train", help="train an agent", allow_abbrev=False))
     _add_enjoy(verbs.add_parser("enjoy", help="play with a trained agent", allow_abbrev=False))
+    data = verbs.add_parser("data", help="make datasets", allow_abbrev=False)
+    makers = data.add_subparsers(required=True, metavar="COMMAND")
+    _add_play(makers.add_parser("play", help="play with the keyboard and keep the episodes", allow_abbrev=False))
     return parser
 
 

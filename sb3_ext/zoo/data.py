@@ -1,0 +1,58 @@
+"""``sb3x data play``."""
+
+from __future__ import annotations
+
+import argparse
+
+import gymnasium as gym
+
+from sb3_ext.data import (
+    check_new_id,
+    default_keys,
+    describe_keys,
+    make_atari_env,
+    parse_keys,
+    play_episodes,
+    write_dataset,
+)
+from sb3_ext.zoo.config import one_line_errors
+from sb3_ext.zoo.tasks import check_env_id, is_atari
+
+
+def play(args: argparse.Namespace, words: list[str]) -> None:
+    """
+    Let a person play an environment and write the episodes as a dataset.
+
+    :param args: the command line's flags
+    :param words: the command line
+    :raises ZooError: if something is wrong that the user can put right; always before the first game, except that a
+        dataset cannot be written
+    """
+    check_env_id(args.env_id)
+    with one_line_errors():
+        check_new_id(args.id, args.overwrite)
+        if is_atari(args.env_id):
+            game = args.env_id.removeprefix("ALE/").partition("-")[0]
+            env = make_atari_env(game, render_mode="rgb_array")
+        else:
+            env = gym.make(args.env_id, render_mode="rgb_array")
+        keys = parse_keys(args.keys) if args.keys else default_keys(env)
+        episodes = play_episodes(env, args.episodes, keys=keys, fps=args.fps, size=args.size, seed=args.seed)
+    if not episodes:
+        print("No episode was finished; nothing is written.")
+        return
+    steps = sum(len(e.rewards) for e in episodes)
+    with one_line_errors():
+        dataset = write_dataset(
+            args.id,
+            episodes,
+            env,
+            algorithm_name="human",
+            author=args.author,
+            description=f"{len(episodes)} episodes ({steps} steps) of {args.env_id} by a person at the keyboard.",
+            metadata={"keys": describe_keys(keys)},
+            overwrite=args.overwrite,
+        )
+    env.close()
+    returns = dataset.storage.metadata["behaviour_return"]
+    print(f"{args.id}: {len(episodes)} episodes, {steps} steps, mean return {returns['mean']:.1f}")

@@ -320,7 +320,7 @@ class GAIL(PPO):
         demonstrations, past = self._demonstrations, self._past
         assert demonstrations is not None
         pool = past[0] if len(past) == 1 else tuple(th.cat(parts) for parts in zip(*past, strict=True))
-        self.discriminator.set_progress(self._current_progress_remaining)
+        self.discriminator.set_progress(max(0.0, 1.0 - self.num_timesteps / self._total_timesteps))
         n, needs_next = self.disc_batch_size, self.discriminator.needs_next
         for _ in range(self.n_disc_updates):
             expert = demonstrations.sample(n, self._vec_normalize_env, needs_next)

@@ -26,6 +26,7 @@ from sb3_ext.data import load_minari
 GROUP = "sb3_ext.algos"
 FLAGS = {
     "dataset": "--dataset",
+    "demonstrations": "--dataset",
     "device": "--device",
     "env": "--env",
     "seed": "--seed",
@@ -103,6 +104,16 @@ class Algo:
     def offline(self) -> bool:
         """Whether it learns from a dataset."""
         return "dataset" in self.parameters
+
+    @property
+    def imitates(self) -> bool:
+        """Whether it learns in an environment from demonstrations."""
+        return "demonstrations" in self.parameters
+
+    @property
+    def replays(self) -> bool:
+        """Whether it keeps a replay buffer of its own."""
+        return "replay_buffer_class" in self.parameters
 
     @property
     def keys(self) -> set[str]:

@@ -45,7 +45,7 @@ def enjoy(args: argparse.Namespace, words: list[str]) -> None:
         if args.num_threads > 0:
             th.set_num_threads(args.num_threads)
         # nothing is learned, so the smallest buffer will do
-        kwargs: dict[str, Any] = {} if algo.offline else {"buffer_size": 1}
+        kwargs: dict[str, Any] = {"buffer_size": 1} if algo.replays else {}
         model = algo.cls.load(path, device=args.device, **kwargs)
         if args.verbose > 0:
             print(f"Loading {path} ({model.num_timesteps} steps)")

@@ -91,14 +91,16 @@ def find_task(args: argparse.Namespace, algo: Algo, download: bool) -> Task:
     :raises ZooError: if there is no such dataset or environment, or the flags do not fit the algorithm
     """
     if not algo.offline:
-        if args.dataset:
+        if args.dataset and not algo.imitates:
             raise ZooError(
                 f"{algo.name} learns in an environment, not from a dataset; pass --env instead of --dataset."
             )
         if not args.env:
             raise ZooError(f"{algo.name} needs an environment: pass --env ID.")
         check_env_id(args.env)
-        return Task(args.env, None, args.env, args.env, is_atari(args.env))
+        if args.dataset and read_metadata(args.dataset) is None and download:
+            _download(args.dataset)
+        return Task(args.env, args.dataset, args.env, args.env, is_atari(args.env))
     if not args.dataset:
         raise ZooError(f"{algo.name} learns from a dataset: pass --dataset ID.")
     if args.env:

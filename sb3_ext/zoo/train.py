@@ -123,8 +123,12 @@ def train(args: argparse.Namespace, words: list[str]) -> None:
 def _check_flags(args: argparse.Namespace, algo: Algo) -> None:
     if args.trained_agent and steps_of(Path(args.trained_agent)) is None:
         raise ZooError(f"--trained-agent: {args.trained_agent} is not a saved model (a .zip file).")
+    if algo.imitates and not args.dataset:
+        raise ZooError(f"{algo.name} learns from demonstrations: pass --dataset ID as well.")
     if args.save_replay_buffer and algo.offline:
         raise ZooError(f"--save-replay-buffer: {algo.name} learns from a dataset, which is not saved again.")
+    if args.save_replay_buffer and not algo.replays:
+        raise ZooError(f"--save-replay-buffer: {algo.name} keeps no replay buffer.")
     if args.tensorboard_log and find_spec("tensorboard") is None:
         raise ZooError('--tensorboard-log needs: pip install "sb3-ext[report]"')
 
@@ -210,7 +214,9 @@ def _build_model(
     board = os.path.join(args.tensorboard_log, slug(task.name)) if args.tensorboard_log else None
     common: dict[str, Any] = {"tensorboard_log": board, "verbose": args.verbose, "device": args.device}
     if start is None:
-        data = {"dataset": task.dataset} if algo.offline else {"env": env}
+        data: dict[str, Any] = {"dataset": task.dataset} if algo.offline else {"env": env}
+        if algo.imitates:
+            data["demonstrations"] = task.dataset
         return algo.cls(**arguments, **data, **common, seed=args.seed)
     if args.verbose > 0:
         print(f"Loading {start} ({steps_of(start)} steps)")
@@ -220,6 +226,8 @@ def _build_model(
     model: Any = algo.cls.load(start, env=env, **common)
     if algo.offline:
         model.set_dataset(task.dataset)
+    elif algo.imitates:
+        model.set_demonstrations(task.dataset)
     elif (buffer := replay_buffer_of(start)).is_file():
         model.load_replay_buffer(buffer)
     elif args.verbose > 0:

@@ -501,3 +501,37 @@ def test_prioritized_replay_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert model.replay_buffer_kwargs == {"alpha": 0.7, "n_steps": 2, "gamma": 0.99}
     assert train("-params", "replay_buffer_class:PrioritisedReplayBuffer", algo="dqn") != 0
     assert "did you mean PrioritizedReplayBuffer" in capsys.readouterr().err
+
+
+GAIL_SMALL = ("-params", "n_envs:2", "n_steps:32", "batch_size:32", "disc_batch_size:32", "n_epochs:1")
+
+
+def test_gail_trains_resumes_and_plays(datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--algo", "gail", "--env", "CartPole-v1", "-f", str(tmp_path)]
+    command = ["train", *common, "--dataset", DATASET, "--seed", "3", "--num-threads", "1"]
+    assert main([*command, "-n", "128", "--resume", *GAIL_SMALL]) == 0
+    assert main([*command, "-n", "256", "--resume", *GAIL_SMALL]) == 0
+    run = find_run(str(tmp_path), "gail", "CartPole-v1", 0)
+    assert steps_of(run.final) == 256
+    assert run.read("args")["dataset"] == DATASET
+    assert main(["enjoy", *common, "-n", "30"]) == 0
+    assert "Episode" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--env", "CartPole-v1"], "learns from demonstrations: pass --dataset"),
+        (["--dataset", DATASET], "needs an environment: pass --env"),
+        (["--env", "CartPole-v1", "--dataset", DATASET, "--save-replay-buffer"], "keeps no replay buffer"),
+        (["--env", "Acrobot-v1", "--dataset", DATASET], "another environment"),
+        (["--env", "CartPole-v1", "--dataset", DATASET, "-params", "reward:logD"], "no reward 'logD'"),
+        (["--env", "CartPole-v1", "--dataset", DATASET, "-params", "demonstrations:x"], "use the flag --dataset"),
+    ],
+)
+def test_gail_mistakes(
+    datasets: Path, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--algo", "gail", "-f", str(tmp_path), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.zip"))

@@ -25,6 +25,8 @@ Batch: TypeAlias = tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]
 """Observations, actions, next observations ``[B, ...]`` each, and whether the task ended ``[B]``."""
 
 SCORED_AT_ONCE = 2048
+PENALTY_EVERY = 4
+"""Every so many steps the gradient penalty is taken, with as many times its weight (Karras et al., 2020)."""
 
 REWARDS: dict[str, RewardForm] = {
     "-log(1-D)": F.softplus,
@@ -112,7 +114,8 @@ class Discriminator:
         self.observation_space, self.action_space = observation_space, action_space
         self.net, self.penalty, self.device = net.to(device).eval(), penalty, device
         self._schedule = FloatSchedule(learning_rate)
-        self.optimizer = th.optim.Adam(self.net.parameters(), lr=self._schedule(1.0))
+        self.optimizer = th.optim.Adam(self.net.parameters(), lr=self._schedule(1.0), fused=True)
+        self._modules, self._n_steps = list(self.net.modules()), 0
         # a network of another class may look at the next observation without saying so
         self.needs_next = bool(getattr(self.net, "use_next_state", True))
         self._last: tuple[th.Tensor, th.Tensor, th.Tensor] | None = None
@@ -133,29 +136,42 @@ class Discriminator:
         then = preprocess_obs(after, self.observation_space, scale) if self.needs_next else now
         return now, preprocess_obs(actions, self.action_space, scale), then, ended  # type: ignore[return-value]
 
-    def train(self, expert: Batch, generator: Batch, log_prob: th.Tensor | None = None) -> None:
-        """
-        One step on the mean binary cross-entropy between expert (1) and generator (0).
+    def _train_mode(self, on: bool) -> None:
+        for module in self._modules:  # what net.train(on) does, without walking the tree
+            module.training = on
 
-        :param expert: steps of the expert, B of them
-        :param generator: as many of the agent
-        :param log_prob: log pi(a|s) of the expert's, then of the agent's actions, ``[2 B]``: subtracted from the
-            network's output, which makes this AIRL's discriminator
+    def train(
+        self, expert: Batch, generator: Batch, log_probs: tuple[th.Tensor, th.Tensor] | None = None, n_steps: int = 1
+    ) -> None:
         """
-        self.net.train()
+        Steps on the mean binary cross-entropy between expert (1) and generator (0).
+
+        :param expert: transitions of the expert, B for each step
+        :param generator: as many of the agent
+        :param log_probs: log pi(a|s) of the expert's and of the agent's actions, ``[n_steps * B]`` each: subtracted
+            from the network's output, which makes this AIRL's discriminator
+        :param n_steps: how many steps
+        """
         e, g = self._preprocess(expert), self._preprocess(generator)
-        logits = self.net(*(th.cat(pair) for pair in zip(e, g, strict=True)))
-        if log_prob is not None:
-            logits = logits - log_prob
-        labels = th.cat([th.ones(len(e[0]), device=self.device), th.zeros(len(g[0]), device=self.device)])
-        loss = F.binary_cross_entropy_with_logits(logits, labels)
-        self._last = (logits.detach(), labels, loss.detach())
-        if self.penalty:
-            loss = loss + self.penalty * self._gradient_penalty(e, g).mean()
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.net.eval()
+        size = len(e[0]) // n_steps
+        labels = th.cat([th.ones(size, device=self.device), th.zeros(size, device=self.device)])
+        self._train_mode(True)
+        for step in range(n_steps):
+            rows = slice(step * size, step * size + size)
+            now_e: Batch = (e[0][rows], e[1][rows], e[2][rows], e[3][rows])
+            now_g: Batch = (g[0][rows], g[1][rows], g[2][rows], g[3][rows])
+            logits = self.net(*(th.cat(pair) for pair in zip(now_e, now_g, strict=True)))
+            if log_probs is not None:
+                logits = logits - th.cat([log_probs[0][rows], log_probs[1][rows]])
+            loss = F.binary_cross_entropy_with_logits(logits, labels)
+            self._last = (logits.detach(), labels, loss.detach())
+            if self.penalty and self._n_steps % PENALTY_EVERY == 0:
+                loss = loss + self.penalty * PENALTY_EVERY * self._gradient_penalty(now_e, now_g).mean()
+            self._n_steps += 1
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+        self._train_mode(False)
 
     def _gradient_penalty(self, expert: Batch, generator: Batch) -> th.Tensor:
         """
@@ -163,15 +179,16 @@ class Discriminator:
 
         Unlike the paper, the network is no critic but gives logits; as in DAC (Kostrikov et al., 2019).
         """
-        self.net.eval()  # these points are nobody's data: they stay out of the input normalisation
+        self._train_mode(False)  # these points are nobody's data: they stay out of the input normalisation
         share = th.rand(len(expert[0]), device=self.device)
         between = []
         for e, g in zip(expert, generator, strict=True):
-            s = share.view(-1, *[1] * (e.ndim - 1))
-            between.append((s * e + (1 - s) * g).requires_grad_(True))
+            between.append(th.lerp(g, e, share.view(-1, *[1] * (e.ndim - 1))).requires_grad_(True))
         gradients = th.autograd.grad(self.net(*between).sum(), between, create_graph=True, allow_unused=True)
-        squares = th.stack([g.flatten(1).square().sum(1) for g in gradients if g is not None]).sum(0)
-        return (th.sqrt(squares + 1e-12) - 1).square()
+        self._train_mode(True)
+        flat = th.cat([g.reshape(len(g), -1) for g in gradients if g is not None], 1)
+        penalty: th.Tensor = (th.linalg.vector_norm(flat, dim=1) - 1).square()
+        return penalty
 
     def logits(self, batch: Batch, log_prob: th.Tensor | None = None) -> th.Tensor:
         """

@@ -18,6 +18,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
+from sb3_ext.data.envs import is_frame_space
 from sb3_ext.gail.absorbing import LOGIT_CLIP, AbsorbingStates
 from sb3_ext.gail.demonstrations import Demonstrations, DemonstrationsLike
 from sb3_ext.gail.discriminator import Discriminator, RewardForm, make_reward_net, reward_form
@@ -72,9 +73,9 @@ class GAIL(PPO):
     :param disc_learning_rate: of the discriminator's Adam; a float or a schedule. Higher: a sharper, more restless
         reward
     :param disc_batch_size: transitions per discriminator step, as many of the expert as of the agent
-    :param n_disc_updates: discriminator steps per rollout. More: a sharper reward, which helps where behaviour is
-        nearly right and hurts where it is far from it
-    :param gradient_penalty: weight of the gradient penalty on the discriminator, 0 for none
+    :param n_disc_updates: discriminator steps per rollout. More: a sharper reward
+    :param gradient_penalty: weight of the gradient penalty on the discriminator. Higher: a smoother reward between
+        expert and agent, which makes training steadier; 0 for none
     :param spectral_norm: spectral normalisation of the discriminator's layers
     :param replay_rollouts: how many rollouts the agent's transitions are drawn from, the last included
     :param bc_epochs: passes over the demonstrations of behaviour cloning before the first rollout
@@ -118,8 +119,8 @@ class GAIL(PPO):
         reward_net_kwargs: dict[str, Any] | None = None,
         disc_learning_rate: float | Schedule = 1e-3,
         disc_batch_size: int = 512,
-        n_disc_updates: int = 4,
-        gradient_penalty: float = 0.0,
+        n_disc_updates: int = 16,
+        gradient_penalty: float = 1.0,
         spectral_norm: bool = False,
         replay_rollouts: int = 1,
         bc_epochs: int = 0,
@@ -321,16 +322,18 @@ class GAIL(PPO):
         assert demonstrations is not None
         pool = past[0] if len(past) == 1 else tuple(th.cat(parts) for parts in zip(*past, strict=True))
         self.discriminator.set_progress(max(0.0, 1.0 - self.num_timesteps / self._total_timesteps))
-        n, needs_next = self.disc_batch_size, self.discriminator.needs_next
-        for _ in range(self.n_disc_updates):
+        needs_next = self.discriminator.needs_next
+        at_once = 1 if is_frame_space(self.observation_space) else max(self.n_disc_updates, 1)
+        for _ in range(0, self.n_disc_updates, at_once):
+            n = self.disc_batch_size * at_once
             expert = demonstrations.sample(n, self._vec_normalize_env, needs_next)
             which = th.randint(len(pool[0]), (n,)).to(pool[0].device)
             o, a, after, ended, log_prob = (part[which].to(self.device) for part in pool)
-            both = None
+            log_probs = None
             if self.reward == "airl":
                 with th.no_grad():
-                    both = th.cat([self._log_prob(expert[0], expert[1]), log_prob])
-            self.discriminator.train(expert, (o, a, after, ended), both)
+                    log_probs = self._log_prob(expert[0], expert[1]), log_prob
+            self.discriminator.train(expert, (o, a, after, ended), log_probs, at_once)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names, variables = super()._get_torch_save_params()

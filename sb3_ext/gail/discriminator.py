@@ -7,9 +7,8 @@ from typing import Any, TypeAlias
 
 import gymnasium as gym
 import torch as th
-from gymnasium import spaces
 from imitation.algorithms.adversarial.common import compute_train_stats
-from imitation.rewards.reward_nets import BasicRewardNet, CnnRewardNet, RewardNet
+from imitation.rewards.reward_nets import BasicRewardNet, RewardNet
 from imitation.util.networks import RunningNorm
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.type_aliases import Schedule
@@ -19,14 +18,13 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm as add_spectral_norm
 
 from sb3_ext.data.envs import is_frame_space
+from sb3_ext.gail.networks import NatureRewardNet
 
 RewardForm: TypeAlias = Callable[[th.Tensor], th.Tensor]
 Batch: TypeAlias = tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]
 """Observations, actions, next observations ``[B, ...]`` each, and whether the task ended ``[B]``."""
 
 SCORED_AT_ONCE = 2048
-PENALTY_EVERY = 4
-"""Every so many steps the gradient penalty is taken, with as many times its weight (Karras et al., 2020)."""
 
 REWARDS: dict[str, RewardForm] = {
     "-log(1-D)": F.softplus,
@@ -65,21 +63,16 @@ def make_reward_net(
 
     :param observation_space: of the agent, pictures channel first
     :param action_space: of the agent
-    :param net_class: a reward network of ``imitation``; default: ``CnnRewardNet`` for pictures, else
-        ``BasicRewardNet`` with ``RunningNorm`` on its input
+    :param net_class: a reward network of ``imitation``; default:
+        :class:`~sb3_ext.gail.networks.NatureRewardNet` for pictures, else ``BasicRewardNet`` with ``RunningNorm`` on
+        its input
     :param net_kwargs: further arguments for it
     :param spectral_norm: bound the Lipschitz constant of each layer by 1 (Miyato et al., 2018)
     :return: the network
-    :raises ValueError: if pictures come with actions that are not discrete
     """
     defaults: dict[str, Any] = {}
     if net_class is None and is_frame_space(observation_space):
-        net_class, defaults = CnnRewardNet, {"hwc_format": False}
-        if net_kwargs.get("use_action", True) and not isinstance(action_space, spaces.Discrete):
-            raise ValueError(
-                f"imitation's CnnRewardNet takes discrete actions only, these are {action_space}. Pass "
-                "reward_net_kwargs={'use_action': False}, or a reward_net_class of your own."
-            )
+        net_class = NatureRewardNet
     elif net_class is None:
         net_class, defaults = BasicRewardNet, {"normalize_input_layer": RunningNorm}
     net = net_class(observation_space, action_space, **{**defaults, **net_kwargs})
@@ -115,7 +108,7 @@ class Discriminator:
         self.net, self.penalty, self.device = net.to(device).eval(), penalty, device
         self._schedule = FloatSchedule(learning_rate)
         self.optimizer = th.optim.Adam(self.net.parameters(), lr=self._schedule(1.0), fused=True)
-        self._modules, self._n_steps = list(self.net.modules()), 0
+        self._modules = list(self.net.modules())
         # a network of another class may look at the next observation without saying so
         self.needs_next = bool(getattr(self.net, "use_next_state", True))
         self._last: tuple[th.Tensor, th.Tensor, th.Tensor] | None = None
@@ -165,9 +158,8 @@ class Discriminator:
                 logits = logits - th.cat([log_probs[0][rows], log_probs[1][rows]])
             loss = F.binary_cross_entropy_with_logits(logits, labels)
             self._last = (logits.detach(), labels, loss.detach())
-            if self.penalty and self._n_steps % PENALTY_EVERY == 0:
-                loss = loss + self.penalty * PENALTY_EVERY * self._gradient_penalty(now_e, now_g).mean()
-            self._n_steps += 1
+            if self.penalty:
+                loss = loss + self.penalty * self._gradient_penalty(now_e, now_g).mean()
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()

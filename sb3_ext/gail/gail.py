@@ -67,8 +67,8 @@ class GAIL(PPO):
     :param absorbing: value what lies behind the end of an episode by how often the expert's episodes end (see
         :class:`~sb3_ext.gail.absorbing.AbsorbingStates`); False leaves the bias of the reward form as it is, and
         an end is worth 0
-    :param reward_net_class: a reward network of ``imitation``; default: ``CnnRewardNet`` for pictures, else
-        ``BasicRewardNet``
+    :param reward_net_class: a reward network of ``imitation``, channel first for pictures; default:
+        :class:`~sb3_ext.gail.networks.NatureRewardNet` for pictures, else ``BasicRewardNet``
     :param reward_net_kwargs: further arguments for it, ``{"hid_sizes": (64, 64)}`` for instance
     :param disc_learning_rate: of the discriminator's Adam; a float or a schedule. Higher: a sharper, more restless
         reward

@@ -51,10 +51,19 @@ TASKS: dict[str, dict[str, Any]] = {
     "seals-cartpole": {
         "env": "seals/CartPole-v0", "dataset": "seals-cartpole/ppo-v0", "steps": 153_600, "eval_every": 10_240,
     },
+    "cartpole-imperfect": {
+        "env": "CartPole-v1", "dataset": "cartpole/imperfect-v0", "steps": 40_960, "eval_every": 4_096,
+    },
     "pendulum": {"env": "Pendulum-v1", "dataset": "pendulum/ppo-v0", "steps": 204_800, "eval_every": 20_480},
     "catch": {"env": "Catch-v0", "dataset": "sb3ext/catch/expert-v0", "steps": 61_440, "eval_every": 6_144},
 }  # fmt: skip
 ALGOS = ("gail", "constant", "cloning", "imitation")
+FORMS = {"softplus": "-log(1-D)", "logd": "log(D)", "d": "D", "logit": "logit", "airl": "airl"}
+STUDY: dict[str, dict[str, Any]] = {
+    **{f"gail-{short}": {"reward": form} for short, form in FORMS.items() if short != "softplus"},
+    **{f"gail-{short}-plain": {"reward": form, "absorbing": False} for short, form in FORMS.items()},
+}
+"""Other reward forms, and all of them without absorbing states."""
 OURS: dict[str, Any] = {"n_steps": 128}
 """One setting for all tasks: the defaults, with eight environments."""
 CONSTANT = {"reward": th.ones_like, "absorbing": False, "n_disc_updates": 0}
@@ -114,7 +123,8 @@ class Evaluate(BaseCallback):
 
     def _on_step(self) -> bool:
         if self.num_timesteps % self.curve.every == 0:
-            self.curve.evaluate(self.model, self.num_timesteps)
+            last = self.num_timesteps == self.model._total_timesteps
+            self.curve.evaluate(self.model, self.num_timesteps, 100 if last else 20)
         return True
 
 
@@ -128,7 +138,7 @@ def run(task: str, algo: str, seed: int, overrides: dict[str, Any], results: Pat
     np.random.seed(seed)
     env, curve = make_env(task, seed), Curve(task, name)
     policy = "CnnPolicy" if task == "catch" else "MlpPolicy"
-    used = {**OURS, **(CONSTANT if algo == "constant" else {}), **overrides}
+    used = {**OURS, **(CONSTANT if algo == "constant" else STUDY.get(algo, {})), **overrides}
     for key, value in used.items():
         if isinstance(value, str) and value.startswith("lin_"):
             used[key] = LinearSchedule(float(value[4:]), 0.0, 1.0)
@@ -147,13 +157,13 @@ def run(task: str, algo: str, seed: int, overrides: dict[str, Any], results: Pat
             **disc,
         )  # fmt: skip
         steps = settings["steps"] // (2048 * 8) * 2048 * 8
-        trainer.train(max(steps, 2048 * 8), callback=lambda _: curve.evaluate(generator, generator.num_timesteps))
+        trainer.train(max(steps, 2048 * 8), callback=lambda _: curve.evaluate(generator, generator.num_timesteps, 100))
     else:
         model = GAIL(policy, env, settings["dataset"], seed=seed, device="cpu", **used)
         if algo == "cloning":
             for epochs in (10, 40, 150):
                 model.pretrain(epochs)
-                curve.evaluate(model, epochs + (curve.points[-1]["step"] if curve.points else 0))
+                curve.evaluate(model, epochs + (curve.points[-1]["step"] if curve.points else 0), 100)
         else:
             model.learn(settings["steps"], callback=Evaluate(curve))
     if overrides:
@@ -180,7 +190,7 @@ def table(results: Path) -> None:
     print("| task | expert | algorithm | seeds | steps | greedy: mean, each seed | sampled: mean | CPU s |")
     print("|---|---|---|---|---|---|---|---|")
     for task in TASKS:
-        for algo in ALGOS:
+        for algo in (*ALGOS, *STUDY):
             group = [r for r in runs if r["task"] == f"gail-{task}" and r["algo"] == algo]
             if not group:
                 continue
@@ -198,7 +208,7 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS)
-    parser.add_argument("--algos", nargs="+", choices=ALGOS, default=list(ALGOS))
+    parser.add_argument("--algos", nargs="+", choices=[*ALGOS, *STUDY], default=list(ALGOS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="trial runs: no result is written")

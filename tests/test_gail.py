@@ -227,7 +227,7 @@ def test_the_rollout_gets_the_discriminators_reward(expert: minari.MinariDataset
         share = 49 * ended.sum() / (64 + 49 * ended.sum())
         assert model._generator_share == pytest.approx(share)
         end, other = model._absorbing.logits(share)
-        wanted = form((logits + other).clamp(-5, 5)).numpy() + 49 * ended * float(form(th.tensor(end)))
+        wanted = form((logits + other).clamp(-5, 5)).numpy() - float(form(th.tensor(end)))
     else:
         wanted = form(logits).numpy()
     np.testing.assert_allclose(got["rewards"], wanted, rtol=1e-4, atol=1e-5)
@@ -243,16 +243,18 @@ def test_time_limits_are_bootstrapped_and_are_no_ends(expert: minari.MinariDatas
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = GAIL("MlpPolicy", DummyVecEnv([short] * 2), expert, reward="D", seed=0, gamma=0.9, **SMALL)
+        model = GAIL("MlpPolicy", DummyVecEnv([short] * 2), expert, reward="D", absorbing=False, seed=0, **SMALL)
     (got,) = relabelled(model, 64)
-    assert model._generator_share == 0  # nobody falls within six steps
     cut = np.flatnonzero(got["episode_starts"][1:, 0])
     assert len(cut) == 5
-    # D is at most 1; what lies above is gamma times the value of the last observation
-    rewards = got["rewards"][:, 0]
-    bare = np.delete(rewards, cut)
-    assert ((bare > 0) & (bare < 1)).all()
-    assert np.abs(rewards[cut] - rewards[cut - 1]).max() > 1e-3
+    # what lies above the discriminator's reward is gamma times the value of the last observation
+    obs, actions = (th.as_tensor(got[k][:, 0]) for k in ("observations", "actions"))
+    with th.no_grad():
+        one_hot = th.nn.functional.one_hot(actions.long().squeeze(-1), 2).float()
+        bare = th.sigmoid(model.discriminator.net(obs, one_hot, None, None)).numpy()
+    rest = got["rewards"][:, 0] - bare
+    np.testing.assert_allclose(np.delete(rest, cut), 0, atol=1e-5)
+    assert (np.abs(rest[cut]) > 1e-4).all()
 
 
 def test_environment_reward_is_hidden_from_ppo_but_not_from_the_user(expert: minari.MinariDataset) -> None:

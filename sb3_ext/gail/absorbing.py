@@ -18,10 +18,13 @@ class AbsorbingStates:
 
     Unlike the paper, no transition is added and no network is asked: all absorbing states are one point, and the best
     discriminator there is known. Let p_E and p_G be the shares of the absorbing state in expert's and generator's
-    experience, each end counting for the K = gamma / (1 - gamma) steps that discounting sees. Then the logit of the
-    absorbing state is log(p_E / p_G), that of any other (s, a) is the network's plus log((1 - p_E) / (1 - p_G)),
-    because the network compares distributions that are conditional on not being absorbed, and a step that ends the
-    task earns K times the absorbing state's reward on top of its own.
+    experience, each end counting for the gamma / (1 - gamma) steps that discounting sees. Then the logit of the
+    absorbing state is log(p_E / p_G), and that of any other (s, a) is the network's plus log((1 - p_E) / (1 - p_G)),
+    because the network compares distributions that are conditional on not being absorbed.
+
+    Nor is a reward added at the end: subtracting the absorbing state's reward from every step's, for ever, changes
+    no preference and leaves 0 for what lies behind the end, which is what PPO assumes. A bonus at the end would say the
+    same, but drown the differences between steps in the value function's errors.
 
     :param gamma: discount factor
     :param n_expert: steps of the demonstrations

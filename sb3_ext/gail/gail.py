@@ -304,16 +304,16 @@ class GAIL(PPO):
             self._generator_share = self._absorbing.update(self._generator_share, terminated.size, ends)
             absorbing, other = self._absorbing.logits(self._generator_share)
             logits = (logits + other).clamp(-LOGIT_CLIP, LOGIT_CLIP)
-            value = self._absorbing.steps_per_end * float(self._reward_form(th.tensor(absorbing)))
-            buffer.rewards += value * terminated
             self.logger.record("gail/absorbing_share", self._generator_share)
             self.logger.record("gail/absorbing_share_expert", self._absorbing.expert_share)
         rewards = self._reward_form(logits).cpu().numpy().reshape(buffer.rewards.shape)
+        self.logger.record("gail/reward_mean", float(rewards.mean()))
+        if self.absorbing:
+            rewards = rewards - float(self._reward_form(th.tensor(absorbing)))
         buffer.rewards += rewards  # the bootstrap of time limits is in there already
         buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
         for key, stat in self.discriminator.statistics().items():
             self.logger.record(f"gail/{key}", stat)
-        self.logger.record("gail/reward_mean", float(rewards.mean()))
         self.logger.record("gail/true_reward_mean", float(np.mean(rollout.true_rewards)))
 
     def _train_discriminator(self) -> None:

@@ -118,7 +118,12 @@ def test_py_typed_is_shipped() -> None:
     assert (ROOT / "sb3_ext" / "py.typed").exists()
 
 
-EXAMPLES = [("cql.py", []), ("gail.py", []), ("prioritized_dqn.py", []), ("breakout.py", ["--steps", "2", "--episodes", "1"])]
+EXAMPLES = [
+    ("cql.py", []),
+    ("gail.py", []),
+    ("prioritized_dqn.py", []),
+    ("breakout.py", ["--steps", "2", "--episodes", "1"]),
+]
 
 
 def test_every_example_is_run() -> None:

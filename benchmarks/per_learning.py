@@ -7,8 +7,8 @@ DQN with prioritized replay against DQN with uniform replay, everything else equ
     uv run --all-extras benchmarks/per_learning.py --table
 
 Settings are those of rl_zoo3 for DQN (on Breakout a smaller network and a shorter warm-up for the shorter run);
-priorities have the paper's alpha 0.6 and beta 0.4 to 1. Nothing was tuned. A run's score is the mean return over all its
-evaluations (the area under the curve); the table gives the interquartile mean over seeds with a 95 % bootstrap
+priorities have the paper's alpha 0.6 and beta 0.4 to 1. Nothing was tuned. A run's score is the mean return over all
+its evaluations (the area under the curve); the table gives the interquartile mean over seeds with a 95 % bootstrap
 interval, and the same of the last evaluation. Every finished run is a JSON file in ``results/learning`` with each
 episode of each evaluation.
 """

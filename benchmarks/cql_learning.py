@@ -234,11 +234,18 @@ def run(
     facts = {
         "task": task, "algo": algo, "seed": seed, "settings": shown, "dataset": model.dataset_info, "curve": curve,
         "command": f"uv run --all-extras benchmarks/cql_learning.py --task {task} --algos {algo} --seeds {seed}",
-        "versions": {"torch": th.__version__, "stable_baselines3": sb3.__version__, "minari": minari.__version__,
-                     "python": platform.python_version()},
-        "hardware": {"cpu": cpu_name(), "threads": th.get_num_threads(), "device": str(model.device)},
+        **machine(str(model.device)),
     }  # fmt: skip
     result.write_text(json.dumps(facts))
+
+
+def machine(device: str = "cpu") -> dict[str, dict[str, Any]]:
+    """Versions and hardware for a file of results."""
+    packages = {"torch": th, "stable_baselines3": sb3, "gymnasium": gym, "minari": minari}
+    return {
+        "versions": {name: m.__version__ for name, m in packages.items()} | {"python": platform.python_version()},
+        "hardware": {"cpu": cpu_name(), "threads": th.get_num_threads(), "device": device},
+    }
 
 
 def cpu_name() -> str:

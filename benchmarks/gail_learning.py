@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,8 @@ import gymnasium as gym
 import minari
 import numpy as np
 import seals
-import stable_baselines3 as sb3
 import torch as th
-from cql_learning import cpu_name
+from cql_learning import RESULTS, machine
 from imitation.algorithms.adversarial.gail import GAIL as ImitationGAIL
 from imitation.rewards.reward_nets import BasicRewardNet
 from imitation.util.networks import RunningNorm
@@ -42,8 +40,6 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ext import record
 from sb3_ext.data import StackFrames
 from sb3_ext.gail import GAIL, load_trajectories
-
-RESULTS = Path(__file__).resolve().parent / "results" / "learning"
 
 TASKS: dict[str, dict[str, Any]] = {
     "cartpole": {"env": "CartPole-v1", "dataset": "cartpole/ppo-v0", "steps": 40_960, "eval_every": 4_096},
@@ -176,9 +172,7 @@ def run(task: str, algo: str, seed: int, overrides: dict[str, Any], results: Pat
                     "expert_return": expert["ref_max_score"]},
         "curve": curve.points,
         "command": f"uv run --all-extras benchmarks/gail_learning.py --task {task} --algos {algo} --seeds {seed}",
-        "versions": {"torch": th.__version__, "stable_baselines3": sb3.__version__, "gymnasium": gym.__version__,
-                     "python": platform.python_version()},
-        "hardware": {"cpu": cpu_name(), "threads": th.get_num_threads(), "device": "cpu"},
+        **machine(),
     }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.json").write_text(json.dumps(facts))
@@ -186,7 +180,7 @@ def run(task: str, algo: str, seed: int, overrides: dict[str, Any], results: Pat
 
 
 def table(results: Path) -> None:
-    """Print the last evaluation of each task and algorithm: mean over seeds, worst seed."""
+    """Print the last evaluation of each task and algorithm."""
     runs = [json.loads(path.read_text()) for path in sorted(results.glob("gail-*.json"))]
     print("| task | expert | algorithm | seeds | steps | greedy: mean, each seed | sampled: mean | CPU s |")
     print("|---|---|---|---|---|---|---|---|")

@@ -17,9 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import stable_baselines3 as sb3
 import torch as th
-from cql_learning import cpu_name
+from cql_learning import machine
 from imitation.algorithms.adversarial.gail import GAIL as ImitationGAIL
 from imitation.rewards.reward_nets import BasicRewardNet
 from imitation.util.logger import configure
@@ -87,8 +86,7 @@ def main() -> None:
     facts = {
         "steps": STEPS, "cpu_seconds": seconds, "settings": SHARED,
         "command": "uv run --all-extras benchmarks/gail_speed.py",
-        "versions": {"torch": th.__version__, "stable_baselines3": sb3.__version__},
-        "hardware": {"cpu": cpu_name(), "threads": 1},
+        **machine(),
     }  # fmt: skip
     RESULT.write_text(json.dumps(facts, indent=1))
 

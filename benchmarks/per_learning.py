@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import stable_baselines3 as sb3
 import torch as th
-from cql_learning import RESULTS, Curve, cpu_name
+from cql_learning import RESULTS, Curve, machine
 from learning_envs import SmallCNN
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
@@ -114,9 +112,7 @@ def run(task: str, replay: str, seed: int, work: Path, results: Path) -> None:
         "settings": json.loads(json.dumps(settings["settings"], default=lambda c: c.__name__)),
         "replay_buffer_kwargs": REPLAY[replay].get("replay_buffer_kwargs"),
         "command": f"uv run --all-extras benchmarks/per_learning.py --task {task} --seeds {seed}",
-        "versions": {"torch": th.__version__, "stable_baselines3": sb3.__version__, "gymnasium": gym.__version__,
-                     "python": platform.python_version()},
-        "hardware": {"cpu": cpu_name(), "threads": th.get_num_threads()},
+        **machine(),
     }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts))

@@ -32,6 +32,16 @@ _SPACE = {" ": "space"}
 _ALE = {"w": "up", "a": "left", "s": "down", "d": "right", **_SPACE}
 
 
+def _discrete(env: gym.Env[Any, Any]) -> spaces.Discrete:
+    if not isinstance(env.action_space, spaces.Discrete):
+        raise ValueError(f"Only discrete actions can be played with keys; these are {env.action_space}.")
+    return env.action_space
+
+
+def _is_atari(env: gym.Env[Any, Any]) -> bool:
+    return type(env.unwrapped).__module__.startswith("ale_py")
+
+
 def default_keys(env: gym.Env[Any, Any]) -> dict[tuple[str, ...], int]:
     """
     Choose keys for the actions of an environment.
@@ -41,10 +51,9 @@ def default_keys(env: gym.Env[Any, Any]) -> dict[tuple[str, ...], int]:
         is. Arrow keys and space for Atari games, a table for Gymnasium's own environments, else the digits
     :raises ValueError: if the actions are not discrete, or more than ten and no better choice is known
     """
-    if not isinstance(env.action_space, spaces.Discrete):
-        raise ValueError(f"Only discrete actions can be played with keys; these are {env.action_space}.")
+    n_actions = _discrete(env).n
     own = getattr(env.unwrapped, "get_keys_to_action", None)
-    if own is not None and type(env.unwrapped).__module__.startswith("ale_py"):
+    if own is not None and _is_atari(env):
         found = {tuple(_ALE.get(k, k) for k in names): int(action) for names, action in own().items()}
         return {(() if names == ("e",) else names): action for names, action in found.items()}
     name = env.spec.id.rpartition("/")[2].rpartition("-v")[0] if env.spec else ""
@@ -57,9 +66,9 @@ def default_keys(env: gym.Env[Any, Any]) -> dict[tuple[str, ...], int]:
             tuple(pygame.key.name(k) if isinstance(k, int) else _SPACE.get(k, k) for k in names): int(action)
             for names, action in own().items()
         }
-    if env.action_space.n > 10:
-        raise ValueError(f"{env.action_space.n} actions are more than there are digits; say which key does what.")
-    return {(str(action),): action for action in range(int(env.action_space.n))}
+    if n_actions > 10:
+        raise ValueError(f"{n_actions} actions are more than there are digits; say which key does what.")
+    return {(str(action),): action for action in range(int(n_actions))}
 
 
 def describe_keys(keys: KeyMap) -> str:
@@ -108,19 +117,17 @@ def play_episodes(
         import pygame
     except ImportError as error:
         raise ImportError('Playing needs: pip install "pygame-ce>=2.5"') from error
-    if not isinstance(env.action_space, spaces.Discrete):
-        raise ValueError(f"Only discrete actions can be played with keys; these are {env.action_space}.")
+    action_space = _discrete(env)
     if env.render_mode != "rgb_array":
         raise ValueError(f"Make the environment with render_mode='rgb_array'; it is {env.render_mode!r}.")
     if n_episodes < 1:
         raise ValueError(f"n_episodes must be at least 1, got {n_episodes}.")
     if fps is None:
-        atari = type(env.unwrapped).__module__.startswith("ale_py")
-        fps = 15.0 if atari else min(float(env.metadata.get("render_fps") or 30), 30.0)
+        fps = 15.0 if _is_atari(env) else min(float(env.metadata.get("render_fps") or 30), 30.0)
     pygame.display.init()
     try:
         keys = default_keys(env) if keys is None else keys
-        _check_keys(keys, env.action_space, pygame)
+        _check_keys(keys, action_space, pygame)
         message(f"{describe_keys(keys)}\n{CONTROLS}")
         return _Session(env, keys, fps, size, seed, pygame).run(n_episodes)
     finally:

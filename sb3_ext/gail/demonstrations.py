@@ -175,28 +175,30 @@ def _read(
         )
     if isinstance(demonstrations, (minari.MinariDataset, str, os.PathLike)):
         return _read_minari(demonstrations, observation_space, action_space, env)
+    space = observation_space
     if isinstance(demonstrations, ReplayBuffer):
-        found = _split_buffer(demonstrations)
-        return (
-            "the replay buffer",
-            _check("the replay buffer", found, observation_space, action_space),
-            (observation_space),
+        name, found = "the replay buffer", _split_buffer(demonstrations)
+    elif _all_are(Trajectory, demonstrations):
+        limit = _time_limit(env)
+        name, found = (
+            "the trajectories",
+            [Demonstration(_array(d), d.acts, _terminated(d, limit)) for d in demonstrations],
         )
-    if isinstance(demonstrations, Sequence) and demonstrations:
-        if all(isinstance(d, Trajectory) for d in demonstrations):
-            limit = _time_limit(env)
-            found = [Demonstration(_array(d), d.acts, _terminated(d, limit)) for d in demonstrations]
-            return (
-                "the trajectories",
-                _check("the trajectories", found, observation_space, action_space),
-                (observation_space),
-            )
-        if all(isinstance(d, Episode) for d in demonstrations):
-            found = [Demonstration(d.observations, d.actions, d.terminated) for d in demonstrations]
-            frame_space = _frame_space(found[0].observations, observation_space)
-            return "the episodes", _check("the episodes", found, frame_space, action_space), frame_space
-    shown = "nothing" if isinstance(demonstrations, Sequence) and not demonstrations else type(demonstrations).__name__
-    raise TypeError(f"Demonstrations are {_KINDS}; got {shown}.")
+    elif _all_are(Episode, demonstrations):
+        name, found = "the episodes", [Demonstration(d.observations, d.actions, d.terminated) for d in demonstrations]
+        space = _frame_space(found[0].observations, observation_space)
+    else:
+        empty = isinstance(demonstrations, Sequence) and not demonstrations
+        raise TypeError(f"Demonstrations are {_KINDS}; got {'nothing' if empty else type(demonstrations).__name__}.")
+    return name, _check(name, found, space, action_space), space
+
+
+def _all_are(kind: type, demonstrations: Any) -> bool:
+    return (
+        isinstance(demonstrations, Sequence)
+        and bool(demonstrations)
+        and all(isinstance(d, kind) for d in demonstrations)
+    )
 
 
 def _read_minari(

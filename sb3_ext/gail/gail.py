@@ -237,14 +237,18 @@ class GAIL(PPO):
         :return: self
         :raises ValueError: if there are no demonstrations, as after ``load``
         """
+        self._need_demonstrations()
+        if self.bc_epochs and self.num_timesteps == 0:
+            self.pretrain(self.bc_epochs)
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def _need_demonstrations(self) -> Demonstrations:
         if self._demonstrations is None:
             raise ValueError(
                 "There are no demonstrations: pass them to GAIL(policy, env, demonstrations), or call "
                 "set_demonstrations(demonstrations) after load()."
             )
-        if self.bc_epochs and self.num_timesteps == 0:
-            self.pretrain(self.bc_epochs)
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        return self._demonstrations
 
     def pretrain(self, n_epochs: int, batch_size: int = 64, learning_rate: float = 1e-3) -> float:
         """
@@ -258,16 +262,15 @@ class GAIL(PPO):
         :return: mean negative log-likelihood of the last pass
         :raises ValueError: if there are no demonstrations
         """
-        if self._demonstrations is None:
-            raise ValueError("There are no demonstrations: call set_demonstrations(demonstrations).")
+        demonstrations = self._need_demonstrations()
         parameters = [p for name, p in self.policy.named_parameters() if name != "log_std"]
         optimizer = th.optim.Adam(parameters, lr=learning_rate)
         self.policy.set_training_mode(True)
         losses: list[float] = []
         for _ in range(n_epochs):
             losses = []
-            for which in th.randperm(len(self._demonstrations)).split(batch_size):  # type: ignore[no-untyped-call]
-                observations, actions, _, _ = self._demonstrations.get(which, self._vec_normalize_env, False)
+            for which in th.randperm(len(demonstrations)).split(batch_size):  # type: ignore[no-untyped-call]
+                observations, actions, _, _ = demonstrations.get(which, self._vec_normalize_env, False)
                 loss = -self._log_prob(observations, actions).mean()
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -299,18 +302,18 @@ class GAIL(PPO):
         self._train_discriminator()
         log_prob = steps[4] if self.reward == "airl" else None
         logits = self.discriminator.logits(steps[:4], log_prob)
+        shift = 0.0
         if self.absorbing:
             ends = int(terminated.sum())
             self._generator_share = self._absorbing.update(self._generator_share, terminated.size, ends)
             absorbing, other = self._absorbing.logits(self._generator_share)
             logits = (logits + other).clamp(-LOGIT_CLIP, LOGIT_CLIP)
+            shift = float(self._reward_form(th.tensor(absorbing)))
             self.logger.record("gail/absorbing_share", self._generator_share)
             self.logger.record("gail/absorbing_share_expert", self._absorbing.expert_share)
         rewards = self._reward_form(logits).cpu().numpy().reshape(buffer.rewards.shape)
         self.logger.record("gail/reward_mean", float(rewards.mean()))
-        if self.absorbing:
-            rewards = rewards - float(self._reward_form(th.tensor(absorbing)))
-        buffer.rewards += rewards  # the bootstrap of time limits is in there already
+        buffer.rewards += rewards - shift  # the bootstrap of time limits is in there already
         buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
         for key, stat in self.discriminator.statistics().items():
             self.logger.record(f"gail/{key}", stat)
@@ -318,8 +321,7 @@ class GAIL(PPO):
 
     def _train_discriminator(self) -> None:
         """Take ``n_disc_updates`` steps on demonstrations and the agent's last rollouts."""
-        demonstrations, past = self._demonstrations, self._past
-        assert demonstrations is not None
+        demonstrations, past = self._need_demonstrations(), self._past
         pool = past[0] if len(past) == 1 else tuple(th.cat(parts) for parts in zip(*past, strict=True))
         self.discriminator.set_progress(max(0.0, 1.0 - self.num_timesteps / self._total_timesteps))
         needs_next = self.discriminator.needs_next

@@ -26,10 +26,8 @@ class RolloutNotes(BaseCallback):
         super().__init__()
         self._finish = finish
 
-    @property
-    def terminated(self) -> NDArray[np.bool_]:
-        """Whether each step ended the task, ``[n_steps, n_envs]``."""
-        return np.stack(self._terminated)
+    terminated: NDArray[np.bool_]
+    """Whether each step of the finished rollout ended the task, ``[n_steps, n_envs]``."""
 
     def transitions(
         self,
@@ -50,13 +48,22 @@ class RolloutNotes(BaseCallback):
         :return: observations, actions as the environment got them, next observations ``[N, ...]`` each, whether the
             task ended and log pi(a|s), ``[N]`` each
         """
-        observations, actions = buffer.observations, buffer.actions.reshape(-1, *buffer.actions.shape[2:])
-        after = observations
-        if next_observations:
-            after = np.concatenate([observations[1:], last_obs[None]])
-            for step, env, observation in self._last_observations:
-                after[step, env] = observation
         observation_space, action_space = policy.observation_space, policy.action_space
+        if observation_space.dtype == np.uint8:
+            device = th.device("cpu")
+
+        def flat(observations: NDArray[Any]) -> th.Tensor:
+            return th.as_tensor(observations.reshape(-1, *observations.shape[2:]).astype(observation_space.dtype)).to(
+                device
+            )
+
+        now = after = flat(buffer.observations)
+        if next_observations:
+            successors = np.concatenate([buffer.observations[1:], last_obs[None]])
+            for step, env, observation in self._last_observations:
+                successors[step, env] = observation
+            after = flat(successors)
+        actions = buffer.actions.reshape(-1, *buffer.actions.shape[2:])
         if isinstance(action_space, spaces.Box):
             if policy.squash_output:
                 actions = policy.unscale_action(actions)
@@ -64,12 +71,10 @@ class RolloutNotes(BaseCallback):
             actions = np.clip(actions, action_space.low, action_space.high)
         elif isinstance(action_space, spaces.Discrete):
             actions = actions.reshape(-1)
-        if observation_space.dtype == np.uint8:
-            device = th.device("cpu")
         return (
-            th.as_tensor(observations.reshape(-1, *observations.shape[2:]).astype(observation_space.dtype)).to(device),
+            now,
             th.as_tensor(actions.astype(action_space.dtype)).to(device),
-            th.as_tensor(after.reshape(-1, *after.shape[2:]).astype(observation_space.dtype)).to(device),
+            after,
             th.as_tensor(self.terminated.reshape(-1).astype(np.float32)).to(device),
             th.as_tensor(buffer.log_probs.reshape(-1).copy()).to(device),
         )
@@ -94,4 +99,5 @@ class RolloutNotes(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
+        self.terminated = np.stack(self._terminated)
         self._finish(self, self.locals["values"], self.locals["dones"])

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-import gymnasium as gym
-
 from sb3_ext.data import (
     check_new_id,
     default_keys,
     describe_keys,
-    make_atari_env,
     parse_keys,
     play_episodes,
     write_dataset,
 )
 from sb3_ext.zoo.config import one_line_errors
-from sb3_ext.zoo.tasks import check_env_id, is_atari
+from sb3_ext.zoo.tasks import check_env_id, make_env
 
 
 def play(args: argparse.Namespace, words: list[str]) -> None:
@@ -31,11 +28,7 @@ def play(args: argparse.Namespace, words: list[str]) -> None:
     check_env_id(args.env_id)
     with one_line_errors():
         check_new_id(args.id, args.overwrite)
-        if is_atari(args.env_id):
-            game = args.env_id.removeprefix("ALE/").partition("-")[0]
-            env = make_atari_env(game, render_mode="rgb_array")
-        else:
-            env = gym.make(args.env_id, render_mode="rgb_array")
+        env = make_env(args.env_id, render_mode="rgb_array")
         keys = parse_keys(args.keys) if args.keys else default_keys(env)
         episodes = play_episodes(env, args.episodes, keys=keys, fps=args.fps, size=args.size, seed=args.seed)
     if not episodes:

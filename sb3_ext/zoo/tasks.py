@@ -188,6 +188,19 @@ def is_atari(env_id: str) -> bool:
     return "AtariEnv" in str(gym.spec(env_id).entry_point)
 
 
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env[Any, Any]:
+    """
+    Build one bare environment; Atari games follow the protocol of :func:`~sb3_ext.data.make_atari_env`.
+
+    :param env_id: the id
+    :param render_mode: as in ``gymnasium.make``
+    :return: the environment
+    """
+    if is_atari(env_id):
+        return make_atari_env(env_id.removeprefix("ALE/").partition("-")[0], render_mode=render_mode)
+    return gym.make(env_id, render_mode=render_mode)
+
+
 def make_envs(
     env_id: str,
     *,
@@ -200,7 +213,7 @@ def make_envs(
     render_mode: str | None = None,
 ) -> VecEnv:
     """
-    Build an environment given by id; Atari games follow the protocol of :func:`~sb3_ext.data.make_atari_env`.
+    Build an environment given by id, see :func:`make_env`, as an agent sees it.
 
     :param env_id: the id
     :param n_envs: copies
@@ -215,10 +228,7 @@ def make_envs(
     atari = is_atari(env_id)
 
     def make(index: int) -> gym.Env[Any, Any]:
-        if atari:
-            env = make_atari_env(env_id.removeprefix("ALE/").partition("-")[0], render_mode=render_mode)
-        else:
-            env = gym.make(env_id, render_mode=render_mode)
+        env = make_env(env_id, render_mode)
         file = str(monitor / f"{index}.monitor.csv") if monitor is not None else None
         env = Monitor(env, file, override_existing=file is None or not os.path.exists(file))
         if training and atari:

@@ -6,8 +6,8 @@ Ten episodes of a trained PPO, as demonstrations for imitation learning.
     uv run --all-extras datasets/ppo_expert.py --env Pendulum-v1        # pendulum/ppo-v0
     uv run --all-extras datasets/ppo_expert.py --env seals/CartPole-v0  # seals-cartpole/ppo-v0, fixed horizon
 
-Trains until the greedy policy reaches the score below over 50 episodes, then records greedy episodes. Half a minute to
-five minutes each.
+Trains until the greedy policy reaches the score below over 50 episodes, then records greedy episodes. Each takes a
+quarter of a minute to a minute on one core.
 """
 
 import argparse

@@ -129,7 +129,7 @@ class SearchOutput(NamedTuple):
     tree: Tree
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _expand(row: Floats, base: int, logits: NDArray[np.float32], slots: int) -> int:
     """Give a node its softmax priors and untried slots; -1, or what is wrong."""
     largest = -np.inf
@@ -157,7 +157,7 @@ def _expand(row: Floats, base: int, logits: NDArray[np.float32], slots: int) -> 
     return -1
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _mixed_value(row: Floats, base: int, slots: int) -> float:
     """v_mix of a node: its value mixed with the prior-weighted Q of visited actions."""
     visits = row[base + _VISITS]
@@ -174,7 +174,7 @@ def _mixed_value(row: Floats, base: int, slots: int) -> float:
     return float((row[base + _VALUE] + visits * (weighted / mass)) / (1.0 + visits))
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _bounds(row: Floats, min_range: float) -> tuple[float, float]:
     """Lower end and width of normalisation; infinite width as long as nothing was backed up."""
     if row[_MAX] < row[_MIN]:
@@ -182,12 +182,12 @@ def _bounds(row: Floats, min_range: float) -> tuple[float, float]:
     return float(row[_MIN]), max(row[_MAX] - row[_MIN], min_range)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _sigma(q: float, low: float, width: float, scale: float) -> float:
     return scale * min(max((q - low) / width, 0.0), 1.0)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _inner_slot(row: Floats, base: int, slots: int, settings: Floats, scratch: Floats) -> int:
     """Action of a node below the root: argmax pi'(a) - N(a) / (1 + N(node))."""
     best, highest = 0, -np.inf
@@ -220,7 +220,7 @@ def _inner_slot(row: Floats, base: int, slots: int, settings: Floats, scratch: F
     return best
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _root_scores(row: Floats, slots: int, settings: Floats, scratch: Floats) -> None:
     """Gumbel + logits + sigma(completed Q) of every surviving root action."""
     base = _ROW + 2 * slots
@@ -235,7 +235,7 @@ def _root_scores(row: Floats, slots: int, settings: Floats, scratch: Floats) -> 
         at += _FIELDS
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _halve(row: Floats, slots: int, simulation: int, total: int, scratch: Floats) -> None:
     """Begin the next phase: drop the worse half, keep at least two."""
     alive = row[_ALIVE]
@@ -251,7 +251,7 @@ def _halve(row: Floats, slots: int, simulation: int, total: int, scratch: Floats
     row[_END] = simulation + _phase(total, row[_CONSIDERED], alive)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _phase(total: int, considered: float, alive: float) -> float:
     """Simulations of a phase with ``alive`` candidates; the last phase takes the rest."""
     if alive <= 2.0:
@@ -259,7 +259,7 @@ def _phase(total: int, considered: float, alive: float) -> float:
     return float(max(math.floor(total / (math.log2(considered) * alive)), 1.0) * alive)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _select(
     row: Floats, simulation: int, total: int, slots: int, inner: int, settings: Floats, scratch: Floats
 ) -> tuple[int, int]:
@@ -292,7 +292,7 @@ def _select(
     return node, slot
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _plant(
     data: Floats,
     logits: NDArray[np.float32],
@@ -337,7 +337,7 @@ def _plant(
     return -1
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _step(
     data: Floats,
     rewards: NDArray[np.float32],
@@ -384,7 +384,7 @@ def _step(
     return -1
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _finish(
     data: Floats,
     settings: Floats,

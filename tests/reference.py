@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,3 +131,100 @@ class ReferencePER:
         for index, error in zip(indices, td_errors, strict=True):
             self.priorities[index] = abs(error) + self.eps
             self.largest = max(self.largest, self.priorities[index])
+
+
+class Node:
+    """A node of the slow search: lists, recursion, one root at a time."""
+
+    def __init__(self, state: Any, reward: float, value: float, logits: list[float]) -> None:
+        self.state, self.reward, self.value, self.logits = state, reward, value, logits
+        self.children: dict[int, Node] = {}
+        self.returns: dict[int, list[float]] = {a: [] for a in range(len(logits))}
+
+    def legal(self) -> list[int]:
+        return [a for a, logit in enumerate(self.logits) if logit > -math.inf]
+
+    def priors(self) -> dict[int, float]:
+        top = max(self.logits)
+        weights = {a: math.exp(self.logits[a] - top) for a in self.legal()}
+        return {a: w / sum(weights.values()) for a, w in weights.items()}
+
+    def q(self, a: int) -> float:
+        return sum(self.returns[a]) / len(self.returns[a])
+
+    def visits(self) -> int:
+        """With the node's own first visit."""
+        return 1 + sum(map(len, self.returns.values()))
+
+    def mixed_value(self) -> float:
+        prior, tried = self.priors(), [a for a in self.returns if self.returns[a]]
+        if not tried:
+            return self.value
+        mean = sum(prior[a] * self.q(a) for a in tried) / sum(prior[a] for a in tried)
+        return (self.value + self.visits() * mean) / (1 + self.visits())
+
+    def completed(self, a: int) -> float:
+        return self.q(a) if self.returns[a] else self.mixed_value()
+
+
+class SlowSearch:
+    """Gumbel search of one root, written down from its equations. ``model(state, a) -> (r, v, logits, state)``."""
+
+    def __init__(self, model: Any, gamma: float, c_visit: float, c_scale: float, min_range: float) -> None:
+        self.model, self.gamma, self.c_visit, self.c_scale, self.min_range = model, gamma, c_visit, c_scale, min_range
+        self.low, self.high = math.inf, -math.inf
+
+    def sigma(self, node: Node, a: int) -> float:
+        if self.low > self.high:
+            return 0.0
+        q = (node.completed(a) - self.low) / max(self.high - self.low, self.min_range)
+        most = max(map(len, node.returns.values()))
+        return (self.c_visit + most) * self.c_scale * min(max(q, 0.0), 1.0)
+
+    def improved(self, node: Node) -> dict[int, float]:
+        scores = {a: node.logits[a] + self.sigma(node, a) for a in node.legal()}
+        weights = {a: math.exp(s - max(scores.values())) for a, s in scores.items()}
+        return {a: w / sum(weights.values()) for a, w in weights.items()}
+
+    def simulate(self, node: Node, a: int) -> float:
+        """The return of taking the action; recursion down to an untried one."""
+        if a not in node.children:
+            reward, value, logits, state = self.model(node.state, a)
+            node.children[a] = Node(state, reward, value, logits)
+            below = value
+        else:
+            child = node.children[a]
+            policy = self.improved(child)
+            scores = {b: policy[b] - len(child.returns[b]) / (1 + child.visits()) for b in child.legal()}
+            below = self.simulate(child, max(scores, key=lambda b: scores[b]))
+        found = node.children[a].reward + self.gamma * below
+        node.returns[a].append(found)
+        self.low, self.high = min(self.low, node.q(a)), max(self.high, node.q(a))
+        return found
+
+    def run(self, root: Node, gumbel: list[float], simulations: int, considered: int) -> dict[str, Any]:
+        plain = {a: gumbel[a] + root.logits[a] for a in root.legal()}
+        survivors = sorted(plain, key=lambda a: -plain[a])[:considered]
+        first, found = len(survivors), [root.value]
+        end = self.phase(simulations, first, first)
+        for n in range(simulations):
+            score = {a: plain[a] + self.sigma(root, a) for a in survivors}
+            if n >= end:
+                survivors = sorted(survivors, key=lambda a: -score[a])[: max(len(survivors) // 2, 2)]
+                end = n + self.phase(simulations, first, len(survivors))
+            fewest = min(len(root.returns[a]) for a in survivors)
+            ready = [a for a in survivors if len(root.returns[a]) == fewest]
+            found.append(self.simulate(root, max(ready, key=lambda a: score[a])))
+        policy = self.improved(root)
+        tried = [a for a in survivors if root.returns[a]]
+        return {
+            "action": max(tried, key=lambda a: plain[a] + self.sigma(root, a)),
+            "policy": [policy.get(a, 0.0) for a in range(len(root.logits))],
+            "value": sum(found) / len(found),
+            "visits": [len(root.returns[a]) for a in range(len(root.logits))],
+            "completed": [root.completed(a) for a in range(len(root.logits))],
+        }
+
+    @staticmethod
+    def phase(simulations: int, first: int, now: int) -> float:
+        return math.inf if now <= 2 else max(math.floor(simulations / (math.log2(first) * now)), 1) * now

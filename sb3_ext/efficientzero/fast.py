@@ -38,7 +38,8 @@ def _exp(x: np.float32) -> np.float32:
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1.0)
     power: np.float32 = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return p * power
+    product: np.float32 = p * power
+    return product
 
 
 @njit(inline="always", error_model="numpy")
@@ -145,7 +146,7 @@ def _linear(x: Floats, y: Floats, params: Floats, at: int, used: NDArray[np.int6
 @njit(cache=True, error_model="numpy")
 def _forward(x: Floats, out: Floats, work: Floats, params: Floats, program: NDArray[np.float64]) -> None:
     """The whole program, row by row."""
-    used = np.empty(len(work) + 1, np.int64)
+    used = np.empty(max(x.shape[1], len(work)) + 1, np.int64)
     last = len(program) - 1
     for b in range(len(x)):
         for s in range(last + 1):
@@ -261,7 +262,8 @@ class _Program:
         if len(self.steps) == before:
             self._step(self.width, self.width, name)
         width = self.inputs if width < 0 else width
-        self._fits(width, self.width, name)
+        if width != self.width:
+            raise ValueError(f"Residual block {name} turns {width} numbers into {self.width}.")
         self.steps[-1][_ADD] = add if add >= 0 else -2
         self.closed = len(self.steps)
 

@@ -403,7 +403,6 @@ def _finish(
         low, width = _bounds(row, settings[3])
         scale = (settings[1] + row[base + _MOST]) * settings[2]
         mixed = _mixed_value(row, base, slots)
-        common = _sigma(mixed, low, width, scale)
         _root_scores(row, slots, settings, scratch)
         best = -1
         for a in range(slots):
@@ -411,17 +410,20 @@ def _finish(
             if visited and row[_ROW + 2 * a + 1] > 0.0 and (best < 0 or scratch[a] > scratch[best]):
                 best = a
         actions[b] = best
-        mass = 0.0
+        highest, mass = -np.inf, 0.0
         at = base + _NODE
         for a in range(slots):
             counts[b, a] = np.int32(row[at + _N])
-            completed[b, a] = row[at + _Q] if row[at + _N] > 0.0 else mixed
-            weight = row[at + _PRIOR]
-            if row[at + _N] > 0.0:
-                weight *= math.exp(min(max(_sigma(row[at + _Q], low, width, scale) - common, -700.0), 700.0))
-            scratch[a] = weight
-            mass += weight
+            q = row[at + _Q] if row[at + _N] > 0.0 else mixed
+            completed[b, a] = q
+            scratch[a] = -np.inf
+            if row[at + _PRIOR] > 0.0:
+                scratch[a] = math.log(row[at + _PRIOR]) + _sigma(q, low, width, scale)
+            highest = max(highest, scratch[a])
             at += _FIELDS
+        for a in range(slots):
+            scratch[a] = math.exp(scratch[a] - highest)
+            mass += scratch[a]
         for a in range(slots):
             policy[b, a] = scratch[a] / mass
         root_values[b] = row[_TOTAL] / (total + 1.0)
@@ -429,6 +431,8 @@ def _finish(
 
 def _floats(x: Any) -> NDArray[np.float32]:
     """As contiguous float32 numpy."""
+    if type(x) is np.ndarray and x.dtype == np.float32 and x.flags.c_contiguous:
+        return x
     if isinstance(x, th.Tensor):
         x = x.detach().cpu().numpy()
     return np.ascontiguousarray(x, np.float32)
@@ -511,28 +515,17 @@ def gumbel_search(
     :raises ValueError: if a number is too small, shapes do not fit, a root has no legal action, or the network returns
         something that is not finite
     """
-    for name, number in (
-        ("num_simulations", num_simulations),
-        ("max_num_considered_actions", max_num_considered_actions),
-    ):
+    for name, number in {
+        "num_simulations": num_simulations,
+        "max_num_considered_actions": max_num_considered_actions,
+    }.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
     if not min_range > 0:
         raise ValueError(f"min_range must be positive, got {min_range}.")
-    logits, values = _floats(prior_logits), _floats(values)
-    if logits.ndim != 2:
-        raise ValueError(f"prior_logits must be [B, A], got shape {logits.shape}.")
-    batch, slots = logits.shape
-    _check_shape("values", values, (batch,))
-    noise = np.zeros_like(logits) if gumbel is None else _floats(gumbel)
-    _check_shape("gumbel", noise, logits.shape)
-    if invalid_actions is not None:
-        if isinstance(invalid_actions, th.Tensor):
-            invalid_actions = invalid_actions.cpu().numpy()
-        invalid = np.asarray(invalid_actions, np.bool_)
-        _check_shape("invalid_actions", invalid, logits.shape)
-        logits = np.where(invalid, np.float32(-np.inf), logits)
     parts: tuple[Any, ...] = embedding if isinstance(embedding, tuple) else (embedding,)
+    logits, values, noise = _root_arrays(prior_logits, values, gumbel, invalid_actions)
+    batch, slots = logits.shape
     for part in parts:
         if len(part) != batch:
             raise ValueError(f"There are {batch} rows of logits, but an embedding of shape {tuple(part.shape)}.")
@@ -551,18 +544,8 @@ def gumbel_search(
             states = [pool.get(where) for pool in pools]
             out = recurrent_fn(tuple(states) if isinstance(embedding, tuple) else states[0], what)
             if simulation + 1 < num_simulations:
-                new = out.embedding if isinstance(embedding, tuple) else (out.embedding,)
-                for pool, part in zip(pools, new, strict=True):
-                    pool.put(simulation + 1, part)
-            rewards, values, logits = _floats(out.reward), _floats(out.value), _floats(out.prior_logits)
-            if rewards.shape != (batch,) or values.shape != (batch,):
-                raise ValueError(
-                    f"The network returned rewards {rewards.shape} and values {values.shape}, not ({batch},)."
-                )
-            if logits.ndim != 2 or len(logits) != batch or not 1 <= logits.shape[1] <= slots:
-                raise ValueError(
-                    f"The network returned logits of shape {logits.shape}; wanted [{batch}, 1 to {slots}]."
-                )
+                _store(pools, out.embedding, simulation + 1)
+            rewards, values, logits = _network_arrays(out, batch, slots)
             code = _step(data, rewards, values, logits, simulation, settings, actions, sources)
             if code >= 0:
                 raise ValueError(_problem(code, f"simulation {simulation}"))
@@ -570,6 +553,47 @@ def gumbel_search(
     root_values, counts = np.empty(batch, np.float32), np.empty((batch, slots), np.int32)
     _finish(data, settings, actions, policy, root_values, counts, completed)
     return SearchOutput(actions, policy, root_values, counts, completed, Tree(data, slots))
+
+
+def _root_arrays(
+    prior_logits: Any, values: Any, gumbel: Any, invalid_actions: Any
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Logits (-inf where forbidden), values and noise of the roots, checked."""
+    logits, values = _floats(prior_logits), _floats(values)
+    if logits.ndim != 2 or not logits.size:
+        raise ValueError(f"prior_logits must be [B, A], got shape {logits.shape}.")
+    _check_shape("values", values, logits.shape[:1])
+    noise = np.zeros_like(logits) if gumbel is None else _floats(gumbel)
+    _check_shape("gumbel", noise, logits.shape)
+    if not np.isfinite(noise).all():
+        raise ValueError("gumbel is not finite.")
+    if invalid_actions is not None:
+        if isinstance(invalid_actions, th.Tensor):
+            invalid_actions = invalid_actions.cpu().numpy()
+        invalid = np.asarray(invalid_actions, np.bool_)
+        _check_shape("invalid_actions", invalid, logits.shape)
+        logits = np.where(invalid, np.float32(-np.inf), logits)
+    return logits, values, noise
+
+
+def _network_arrays(
+    out: RecurrentOutput, batch: int, slots: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Rewards, values and logits of one simulation, shapes checked."""
+    rewards, values, logits = _floats(out.reward), _floats(out.value), _floats(out.prior_logits)
+    if rewards.shape != (batch,) or values.shape != (batch,):
+        raise ValueError(f"The network returned rewards {rewards.shape} and values {values.shape}, not ({batch},).")
+    if logits.ndim != 2 or len(logits) != batch or not 1 <= logits.shape[1] <= slots:
+        raise ValueError(f"The network returned logits of shape {logits.shape}; wanted ({batch}, 1 to {slots}).")
+    return rewards, values, logits
+
+
+def _store(pools: list[_Pool], embedding: Embedding, node: int) -> None:
+    parts = embedding if isinstance(embedding, tuple) else (embedding,)
+    if len(parts) != len(pools):
+        raise ValueError(f"The network returned {len(parts)} embeddings instead of {len(pools)}.")
+    for pool, part in zip(pools, parts, strict=True):
+        pool.put(node, part)
 
 
 def principal_line(tree: Tree, row: int) -> list[int]:

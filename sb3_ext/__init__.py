@@ -6,12 +6,23 @@ from sb3_ext.common.prioritized import PrioritizedReplayBuffer
 from sb3_ext.cql import BC, CQL
 from sb3_ext.data import load_minari, make_eval_env, record
 from sb3_ext.dqn import DQN, QRDQN
+from sb3_ext.efficientzero import EfficientZeroV2
 
 if TYPE_CHECKING:
     from sb3_ext.gail import GAIL as GAIL
 
 __version__ = "0.1.0"
-__all__ = ["BC", "CQL", "DQN", "QRDQN", "PrioritizedReplayBuffer", "load_minari", "make_eval_env", "record"]
+__all__ = [
+    "BC",
+    "CQL",
+    "DQN",
+    "QRDQN",
+    "EfficientZeroV2",
+    "PrioritizedReplayBuffer",
+    "load_minari",
+    "make_eval_env",
+    "record",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -100,3 +100,67 @@ def conservative_gap(q_values: th.Tensor, actions: th.Tensor) -> th.Tensor:
     :return: gap, ``[B]``, not negative
     """
     return th.logsumexp(q_values, dim=1) - q_values.gather(1, actions.long().reshape(-1, 1)).squeeze(1)
+
+
+def value_transform(x: th.Tensor, eps: float = 1e-3) -> th.Tensor:
+    """
+    Compress returns: ``h(x) = sign(x) (sqrt(|x| + 1) - 1) + eps x`` (Pohlen et al., 2018,
+    https://arxiv.org/abs/1805.11593, proposition A.2).
+
+    :param x: any shape, in units of return
+    :param eps: slope far out; keeps the inverse Lipschitz
+    :return: same shape
+    """
+    return x.sign() * ((x.abs() + 1).sqrt() - 1) + eps * x
+
+
+def inverse_value_transform(x: th.Tensor, eps: float = 1e-3) -> th.Tensor:
+    """
+    Inverse of :func:`value_transform`, written without cancellation.
+
+    :param x: any shape
+    :param eps: as there, positive
+    :return: same shape, in units of return
+    """
+    z = 4 * eps * (x.abs() + 1 + eps)
+    root = z / ((1 + z).sqrt() + 1) / (2 * eps)
+    return x.sign() * (root * root - 1)
+
+
+def two_hot(x: th.Tensor, support: th.Tensor) -> th.Tensor:
+    """
+    Categorical target whose expectation is x: probability on the two neighbouring bins (Schrittwieser et al., 2020,
+    https://arxiv.org/abs/1911.08265, appendix F).
+
+    :param x: places on the support, ``[...]``; clipped to its ends
+    :param support: evenly spaced, ascending bins, ``[N]``
+    :return: probabilities, ``[..., N]``
+    """
+    place = ((x - support[0]) / (support[1] - support[0])).clamp(0, len(support) - 1)
+    low = place.floor().clamp(max=len(support) - 2)
+    share = (place - low).unsqueeze(-1)
+    target = th.zeros(*x.shape, len(support), device=x.device, dtype=share.dtype)
+    index = low.long().unsqueeze(-1)
+    return target.scatter_(-1, index, 1 - share).scatter_(-1, index + 1, share)
+
+
+def cross_entropy(logits: th.Tensor, target: th.Tensor) -> th.Tensor:
+    """
+    Per-sample cross entropy against a distribution.
+
+    :param logits: ``[..., N]``
+    :param target: probabilities, ``[..., N]``; no gradient flows into it
+    :return: ``[...]``
+    """
+    return -(target.detach() * F.log_softmax(logits, dim=-1)).sum(-1)
+
+
+def negative_cosine(prediction: th.Tensor, target: th.Tensor) -> th.Tensor:
+    """
+    Per-sample SimSiam loss (Chen and He, 2021, https://arxiv.org/abs/2011.10566, eq. 1).
+
+    :param prediction: ``[B, D]``
+    :param target: ``[B, D]``; no gradient flows into it
+    :return: ``[B]``, from -1 (same direction) to 1
+    """
+    return -F.cosine_similarity(prediction, target.detach(), dim=-1)

@@ -1,0 +1,161 @@
+"""
+Learning curves of EfficientZeroV2 over environment steps and CPU seconds.
+
+    uv run --all-extras benchmarks/efficientzero_learning.py --task cartpole --seeds 0 1 2 3 4
+    uv run --all-extras benchmarks/efficientzero_learning.py --task pendulum --seeds 0 1 2
+    uv run --all-extras benchmarks/efficientzero_learning.py --task minatar --algos efficientzero dqn qrdqn-per ppo
+    uv run --all-extras benchmarks/efficientzero_learning.py --table
+
+Evaluations play greedy actions (search without noise) from fixed seeds and cost no training time. The table says when a
+run's evaluation first reached the task's marks, and what the last evaluation was. A finished run is one JSON file in
+``results/learning`` with each episode of each evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from cql_learning import RESULTS, Curve, machine
+from learning_envs import MinAtarCNN
+from stable_baselines3 import PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_ext import DQN, QRDQN, EfficientZeroV2, PrioritizedReplayBuffer
+
+MINATAR = {"features_extractor_class": MinAtarCNN, "net_arch": [], "normalize_images": False}
+OFF_POLICY = {
+    "learning_rate": 2.5e-4, "buffer_size": 100_000, "learning_starts": 1000, "train_freq": 1, "gradient_steps": 1,
+    "target_update_interval": 1000, "exploration_fraction": 0.2, "exploration_final_eps": 0.05,
+    "policy_kwargs": MINATAR,
+}  # fmt: skip
+TASKS: dict[str, dict[str, Any]] = {
+    "cartpole": {
+        "env": "CartPole-v1", "policy": "MlpPolicy", "steps": 6_000, "eval_every": 250, "episodes": 20,
+        "marks": (200, 475), "settings": {},
+    },
+    "pendulum": {
+        "env": "Pendulum-v1", "policy": "MlpPolicy", "steps": 15_000, "eval_every": 1_000, "episodes": 20,
+        "marks": (-300, -200), "settings": {"gamma": 0.98},
+    },
+    "minatar": {
+        "env": "MinAtarBreakout-v0", "policy": "CnnPolicy", "steps": 100_000, "eval_every": 10_000, "episodes": 50,
+        "marks": (5, 10),
+        "settings": {
+            "gamma": 0.99, "learning_rate": 1e-3, "train_freq": 4, "gradient_steps": 1, "learning_starts": 1000,
+            "policy_kwargs": {"network_kwargs": {"channels": 32, "projection_size": 128}},
+        },
+    },
+}  # fmt: skip
+PEERS: dict[str, Any] = {
+    "dqn": lambda env, seed: DQN("MlpPolicy", env, seed=seed, device="cpu", **OFF_POLICY),
+    "qrdqn-per": lambda env, seed: QRDQN(
+        "MlpPolicy", env, seed=seed, device="cpu", replay_buffer_class=PrioritizedReplayBuffer,
+        **{**OFF_POLICY, "policy_kwargs": {**MINATAR, "n_quantiles": 50}},
+    ),
+    "ppo": lambda env, seed: PPO(
+        "MlpPolicy", env, seed=seed, device="cpu", n_steps=128, batch_size=256, n_epochs=4, learning_rate=1e-3,
+        ent_coef=0.01, policy_kwargs=MINATAR,
+    ),
+}  # fmt: skip
+"""Peers on MinAtar; PPO has eight environments, and the settings with which it makes our MinAtar dataset."""
+ALGOS = ("efficientzero", *PEERS)
+
+
+def build(task: str, algo: str, seed: int, overrides: dict[str, Any]) -> BaseAlgorithm:
+    """Algorithm and training environment."""
+    settings = TASKS[task]
+    env = make_vec_env(settings["env"], 8 if algo == "ppo" else 1, seed=seed)
+    if algo in PEERS:
+        model: BaseAlgorithm = PEERS[algo](env, seed)
+        return model
+    return EfficientZeroV2(settings["policy"], env, seed=seed, device="cpu", **{**settings["settings"], **overrides})
+
+
+def run(task: str, algo: str, seed: int, overrides: dict[str, Any], work: Path, results: Path) -> None:
+    """Train once and write the curve, unless it is there."""
+    settings = TASKS[task]
+    name = f"{task}_{algo}_seed{seed}"
+    out, state = results / f"{name}.json", work / name
+    if out.exists() and not overrides:
+        return
+    state.mkdir(parents=True, exist_ok=True)
+    curve: list[dict[str, Any]] = []
+    model = build(task, algo, seed, overrides)
+    evaluation = make_vec_env(settings["env"], 10, seed=seed)
+    model.learn(
+        settings["steps"], callback=Curve(evaluation, settings["eval_every"], settings["episodes"], state, curve)
+    )
+    if overrides:
+        return
+    used = settings["settings"] if algo == "efficientzero" else "PEERS in the script"
+    facts = {
+        "task": f"ez-{task}", "algo": algo, "seed": seed, "settings": used, "curve": curve,
+        "command": "uv run --all-extras benchmarks/efficientzero_learning.py "
+        f"--task {task} --algos {algo} --seeds {seed}",
+        **machine(),
+    }  # fmt: skip
+    results.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(facts))
+
+
+def table(results: Path) -> None:
+    """Print what there is."""
+    runs = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    print("| task | algorithm | seeds | mark | steps to it | CPU seconds to it | last evaluation: mean, each seed |")
+    print("|---|---|---|---|---|---|---|")
+    for task, settings in TASKS.items():
+        for algo in ALGOS:
+            group = [r["curve"] for r in runs if r.get("task") == f"ez-{task}" and r["algo"] == algo]
+            if not group:
+                continue
+            last = [float(np.mean(curve[-1]["returns"])) for curve in group]
+            shown = f"**{np.mean(last):.1f}**: {', '.join(f'{x:.1f}' for x in last)}"
+            for mark in settings["marks"]:
+                steps, seconds = zip(*(reached(curve, mark) for curve in group), strict=True)
+                each = ", ".join("never" if s == np.inf else f"{s:,.0f}" for s in steps)
+                print(
+                    f"| {task} | {algo} | {len(group)} | {mark} | **{np.median(steps):,.0f}**: {each} | "
+                    f"{np.median(seconds):.0f} | {shown} |"
+                )
+
+
+def reached(curve: list[dict[str, Any]], mark: float) -> tuple[float, float]:
+    """Step and training seconds of the first evaluation whose mean is at least ``mark``; infinite if none is."""
+    seconds = np.cumsum([point["cpu_seconds"] for point in curve])
+    for point, spent in zip(curve, seconds, strict=True):
+        if np.mean(point["returns"]) >= mark:
+            return point["step"], float(spent)
+    return np.inf, np.inf
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS)
+    parser.add_argument("--algos", nargs="+", choices=ALGOS, default=["efficientzero"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--work", type=Path, default=Path("logs/learning"), help="where models are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where finished runs are written")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="trial runs: no result is written")
+    parser.add_argument("--table", action="store_true", help="only print the table of all results")
+    args = parser.parse_args()
+    if args.table:
+        table(args.results)
+        return
+    if args.task is None:
+        parser.error("--task is needed")
+    th.set_num_threads(1)
+    overrides = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
+    for seed in args.seeds:
+        for algo in args.algos:
+            run(args.task, algo, seed, overrides, args.work, args.results)
+
+
+if __name__ == "__main__":
+    main()

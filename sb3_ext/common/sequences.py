@@ -1,0 +1,127 @@
+"""Prioritized replay of windows: what follows a step, up to the end of its episode."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_ext.common.prioritized import PrioritizedReplayBuffer
+
+
+class SequenceSamples(NamedTuple):
+    """
+    Windows of L transitions and L + 1 observations, as numpy arrays. Where an episode ends early, its last observation
+    is repeated, actions are those of the last transition and rewards are 0.
+
+    :param observations: ``[B, L + 1, *obs_shape]``
+    :param actions: ``[B, L, action_dim]``; in [-1, 1] if they are continuous
+    :param rewards: ``[B, L]``
+    :param lengths: transitions of the window that belong to its episode, ``[B]``, 1 to L
+    :param terminated: whether the last of them ended the task, ``[B]``; False for time limits and for what goes on
+    :param ages: transitions collected by all environments since the window's first one, ``[B]``
+    :param weights: importance weights, tensor ``[B, 1]``
+    :param indices: of the first transitions, for ``update_priorities``, ``[B]``
+    """
+
+    observations: NDArray[Any]
+    actions: NDArray[Any]
+    rewards: NDArray[np.float32]
+    lengths: NDArray[np.int64]
+    terminated: NDArray[np.bool_]
+    ages: NDArray[np.int64]
+    weights: th.Tensor
+    indices: NDArray[np.int64]
+
+
+class SequenceReplayBuffer(PrioritizedReplayBuffer):
+    """
+    Prioritized replay whose samples are windows of consecutive transitions. Frames of image stacks are stored once.
+
+    :param buffer_size: as in :class:`~sb3_ext.common.prioritized.PrioritizedReplayBuffer`
+    :param observation_space: likewise; ``Box`` only
+    :param action_space: likewise
+    :param device: likewise
+    :param n_envs: likewise
+    :param optimize_memory_usage: likewise
+    :param length: transitions per window, L
+    :param min_weight: smallest importance weight, so that no sample is all but ignored
+    :param kwargs: priorities, see :class:`~sb3_ext.common.prioritized.PrioritizedReplayBuffer`
+    :raises ValueError: if the buffer is shorter than a window
+    """
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        device: th.device | str = "auto",
+        n_envs: int = 1,
+        optimize_memory_usage: bool = False,
+        *,
+        length: int,
+        min_weight: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(buffer_size, observation_space, action_space, device, n_envs, optimize_memory_usage, **kwargs)
+        if length < 1 or length > self.buffer_size:
+            raise ValueError(
+                f"Windows of {length} transitions need a buffer of at least {length * n_envs}; it holds {buffer_size}. "
+                "Raise buffer_size."
+            )
+        self.length, self.min_weight = length, min_weight
+        # sequences must be told apart at every step, also without n-step returns
+        self._watch = True
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> SequenceSamples:  # type: ignore[override]
+        """
+        Draw windows in proportion to the priorities of their first transitions.
+
+        :param batch_size: B
+        :param env: VecNormalize to apply
+        :return: the windows
+        :raises ValueError: if nothing was stored yet
+        """
+        indices, weights = self.priorities.draw(batch_size)
+        weights = np.maximum(weights, self.min_weight, dtype=np.float32)
+        return self.windows(indices, weights, env)
+
+    def windows(
+        self, indices: NDArray[np.int64], weights: NDArray[np.float32], env: VecNormalize | None = None
+    ) -> SequenceSamples:
+        """
+        Cut windows out.
+
+        :param indices: first transitions, ``step * n_envs + environment``, ``[B]``
+        :param weights: importance weights, ``[B]``
+        :param env: VecNormalize to apply
+        :return: the windows
+        """
+        steps = np.arange(self.length)
+        step, which = np.divmod(indices, self.n_envs)
+        newest = (self.pos - 1 - step) % self.buffer_size
+        window = (step[:, None] + steps) % self.buffer_size * self.n_envs + which[:, None]
+        ends = self._ends.reshape(-1)[window] | (steps >= newest[:, None])
+        ends[:, -1] = True
+        lengths = ends.argmax(axis=1) + 1
+        # a transition beyond the end is the last one again
+        last = np.take_along_axis(window, np.minimum(steps[None], lengths[:, None] - 1), axis=1)
+        first, later = self.store.take(indices, last.reshape(-1))
+        shape = (len(indices), self.length, *first.shape[1:])
+        observations = np.concatenate([first[:, None], later.reshape(shape)], axis=1)
+        normalized = self._normalize_obs(observations.reshape(-1, *first.shape[1:]), env)
+        rewards = self._normalize_reward(self.rewards.reshape(-1)[window], env)
+        return SequenceSamples(
+            observations=normalized.reshape(observations.shape),  # type: ignore[union-attr]
+            actions=self.actions.reshape(-1, self.action_dim)[last],
+            rewards=np.where(steps < lengths[:, None], rewards, 0).astype(np.float32),
+            lengths=lengths,
+            terminated=self.dones.reshape(-1)[last[:, -1]].astype(bool),
+            ages=newest * self.n_envs,
+            weights=th.from_numpy(weights.reshape(-1, 1)).to(self.device),
+            indices=indices,
+        )

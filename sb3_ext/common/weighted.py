@@ -1,0 +1,83 @@
+"""SB3's off-policy algorithms on the shared gradient loop."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_ext.common.checkpoint import atomic_path
+from sb3_ext.common.prioritized import PrioritizedReplayBuffer
+from sb3_ext.common.training import LossOutput, MetricMeans, train_weighted
+
+
+class WeightedMixin(OffPolicyAlgorithm):
+    """Replace ``train`` by the shared weighted loop and make ``save`` atomic; the class says what its loss is."""
+
+    def compute_loss(self, batch: Any) -> LossOutput:
+        """
+        Compute the loss of each sample.
+
+        :param batch: samples of the replay buffer
+        :return: per-sample loss and TD error, ``[B]``, and metrics
+        """
+        raise NotImplementedError
+
+    def _setup_model(self) -> None:
+        # SB3 passes n_steps on to its own buffers only
+        kind, n_steps = self.replay_buffer_class, self.n_steps
+        if kind is None or not issubclass(kind, PrioritizedReplayBuffer):
+            super()._setup_model()
+            return
+        self.replay_buffer_kwargs = {"n_steps": n_steps, "gamma": self.gamma, **self.replay_buffer_kwargs}
+        self.n_steps = 1
+        super()._setup_model()
+        self.n_steps = n_steps
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        # SB3 marks the newest transition as terminal where its own buffer loses final observations; ours keeps them
+        optimize, ours = self.optimize_memory_usage, isinstance(self.replay_buffer, PrioritizedReplayBuffer)
+        self.optimize_memory_usage = optimize and not ours
+        try:
+            return super()._setup_learn(*args, **kwargs)
+        finally:
+            self.optimize_memory_usage = optimize
+
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        """
+        Run gradient steps; see :func:`~sb3_ext.common.training.train_weighted`.
+
+        :param gradient_steps: number of steps
+        :param batch_size: samples per step
+        """
+        metrics = MetricMeans()
+        train_weighted(self, self.compute_loss, gradient_steps, batch_size, metrics)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for key, value in metrics.flush().items():
+            self.logger.record(f"train/{key}", value)
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save as SB3 does, but never leave a half-written file under ``path``: an older good one stays until the new is
+        complete.
+
+        :param path: file name (``.zip`` is added) or open file
+        :param exclude: see SB3
+        :param include: see SB3
+        """
+        if isinstance(path, (str, pathlib.Path)):
+            final = pathlib.Path(path)
+            named = final if final.suffix else final.with_suffix(".zip")
+            with atomic_path(named) as partial, partial.open("wb") as file:
+                super().save(file, exclude, include)
+        else:
+            super().save(path, exclude, include)

@@ -1,0 +1,405 @@
+"""EfficientZero V2 in SB3's shape: search in the policy, reanalysis in the loss, everything else is SB3's."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+
+from sb3_ext.common.losses import cross_entropy, negative_cosine
+from sb3_ext.common.sequences import SequenceReplayBuffer, SequenceSamples
+from sb3_ext.common.training import LossOutput, MetricMeans, train_weighted
+from sb3_ext.common.weighted import WeightedMixin
+from sb3_ext.efficientzero.augment import random_intensity, random_shift
+from sb3_ext.efficientzero.policies import (
+    CnnPolicy,
+    EfficientZeroPolicy,
+    MlpPolicy,
+    Roots,
+    log_prob,
+    sampled_entropy,
+)
+from sb3_ext.efficientzero.targets import masks, mix_values, n_step_values
+
+VALUE_TARGETS = ("mixed", "n_step", "search")
+
+
+class Targets(NamedTuple):
+    """
+    What a batch of windows is trained towards, at K + 1 places each.
+
+    :param values: ``[B, K + 1]``
+    :param policy: improved policy, ``[B, K + 1, S]`` over S actions or samples
+    :param actions: continuous control: those samples, ``[B, K + 1, S, D]``; else None
+    :param best: slot that the search chose, ``[B, K + 1]``
+    :param depth: of the deepest node of each search, mean
+    """
+
+    values: th.Tensor
+    policy: th.Tensor
+    actions: th.Tensor | None
+    best: th.Tensor
+    depth: float
+
+
+class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
+    """
+    EfficientZero V2 (Wang et al., 2024, https://arxiv.org/abs/2403.00564): a learned latent model, searched with Gumbel
+    sequential halving, for discrete and continuous actions, images and vectors.
+
+    Every update draws windows of ``unroll_steps`` transitions by priority, searches anew from each of their
+    observations with a target network (reanalysis) and trains reward, value and policy of the unrolled model towards
+    what was found, and its latent states towards the encoded observations (SimSiam). Nothing runs in parallel, so a
+    seed gives the same result on any machine of the same kind.
+
+    Unlike the paper: rewards are predicted per step, not as value prefixes; values may be negative for continuous
+    control too. docs/efficientzero.md lists all differences.
+
+    :param policy: ``"MlpPolicy"`` for vectors, ``"CnnPolicy"`` for images, or a class
+    :param env: environment with ``Box`` observations, and ``Discrete`` or ``Box`` actions
+    :param learning_rate: step size, or a schedule of the remaining progress (1 to 0)
+    :param buffer_size: transitions to keep, over all environments
+    :param learning_starts: random steps before the first update
+    :param batch_size: windows per update, B
+    :param gamma: discount factor per step of the agent; higher looks further ahead
+    :param train_freq: steps between updates, as in SB3
+    :param gradient_steps: updates after each rollout, as in SB3; more learn more from less data and take longer
+    :param n_steps: rewards summed before bootstrapping in value targets, n
+    :param unroll_steps: steps of the model that a loss goes through, K
+    :param num_simulations: network steps per search; more finds better actions and takes longer
+    :param max_num_considered_actions: actions that share them at the root; None chooses by the number of actions
+    :param num_sampled_actions: continuous control: actions sampled at the root
+    :param value_target: ``"n_step"``: n-step returns; ``"search"``: search-based values; ``"mixed"``: the first until
+        ``mixed_start``, then the second for windows older than ``mixed_threshold``
+    :param mixed_start: updates before search-based values are trusted
+    :param mixed_threshold: environment steps after which a window is too old for n-step returns
+    :param target_update_interval: updates between copies of the network to the one that reanalysis uses
+    :param reward_coef: weight of the reward loss
+    :param value_coef: weight of the value loss; lower protects the representation from noisy values
+    :param policy_coef: weight of the policy loss
+    :param consistency_coef: weight of the self-supervised loss; higher helps most where rewards are rare
+    :param ent_coef: continuous control: weight of the policy's entropy; higher explores more
+    :param max_grad_norm: gradient clipping; None for none
+    :param image_shift: images are shifted at random by up to so many pixels for training; None: 4 from 32 pixels on,
+        else 0
+    :param optimize_memory_usage: store every frame of image stacks once
+    :param replay_buffer_kwargs: arguments of :class:`~sb3_ext.common.sequences.SequenceReplayBuffer`, such as
+        ``alpha`` and ``beta``
+    :param policy_kwargs: arguments of :class:`~sb3_ext.efficientzero.policies.EfficientZeroPolicy`
+    :param stats_window_size: as in SB3
+    :param tensorboard_log: as in SB3
+    :param verbose: as in SB3
+    :param seed: as in SB3
+    :param device: as in SB3
+    :param _init_setup_model: as in SB3
+    :raises ValueError: if an argument is out of range, or spaces are not supported
+    """
+
+    policy_aliases: ClassVar[dict[str, Any]] = {"MlpPolicy": MlpPolicy, "CnnPolicy": CnnPolicy}
+    policy: EfficientZeroPolicy
+    policy_target: EfficientZeroPolicy
+
+    def __init__(
+        self,
+        policy: str | type[EfficientZeroPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 1e-3,
+        buffer_size: int = 100_000,
+        learning_starts: int = 200,
+        batch_size: int = 64,
+        gamma: float = 0.997,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = -1,
+        n_steps: int = 5,
+        unroll_steps: int = 5,
+        num_simulations: int = 16,
+        max_num_considered_actions: int | None = None,
+        num_sampled_actions: int = 16,
+        value_target: str = "mixed",
+        mixed_start: int = 30_000,
+        mixed_threshold: int = 5_000,
+        target_update_interval: int = 100,
+        reward_coef: float = 1.0,
+        value_coef: float = 0.25,
+        policy_coef: float = 1.0,
+        consistency_coef: float = 2.0,
+        ent_coef: float = 5e-2,
+        max_grad_norm: float | None = 5.0,
+        image_shift: int | None = None,
+        optimize_memory_usage: bool = False,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        for name, number in (
+            *(("n_steps", n_steps), ("unroll_steps", unroll_steps), ("num_simulations", num_simulations)),
+            *(("num_sampled_actions", num_sampled_actions), ("batch_size", batch_size)),
+            ("target_update_interval", target_update_interval),
+        ):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}.")
+        if max_num_considered_actions is not None and max_num_considered_actions < 1:
+            raise ValueError(f"max_num_considered_actions must be at least 1, got {max_num_considered_actions}.")
+        if value_target not in VALUE_TARGETS:
+            raise ValueError(f"value_target must be one of {', '.join(VALUE_TARGETS)}, not {value_target!r}.")
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau=1.0,
+            gamma=gamma,
+            train_freq=train_freq,
+            gradient_steps=gradient_steps,
+            replay_buffer_class=SequenceReplayBuffer,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            support_multi_env=True,
+            seed=seed,
+            sde_support=False,
+        )
+        self.unroll_steps, self.num_simulations = unroll_steps, num_simulations
+        self.max_num_considered_actions = max_num_considered_actions
+        self.num_sampled_actions = num_sampled_actions
+        self.value_target, self.mixed_start, self.mixed_threshold = value_target, mixed_start, mixed_threshold
+        self.target_update_interval = target_update_interval
+        self.reward_coef, self.value_coef, self.policy_coef = reward_coef, value_coef, policy_coef
+        self.consistency_coef, self.ent_coef = consistency_coef, ent_coef
+        self.max_grad_norm, self.image_shift = max_grad_norm, image_shift
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        self._check_spaces()
+        plain, n_steps = self.policy_kwargs, self.n_steps
+        search = ("num_simulations", "max_num_considered_actions", "num_sampled_actions", "gamma")
+        self.policy_kwargs = {name: getattr(self, name) for name in search} | plain
+        buffer_kwargs = self.replay_buffer_kwargs
+        length = self.unroll_steps + (0 if self.value_target == "search" else n_steps)
+        self.replay_buffer_kwargs = {"alpha": 1.0, "beta": 1.0, **buffer_kwargs, "length": length}
+        self.n_steps = 1  # the windows are long enough for value targets; SB3 need not warn
+        OffPolicyAlgorithm._setup_model(self)
+        self.policy_target = self.policy_class(
+            self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
+        ).to(self.device)  # type: ignore[assignment]
+        self.policy_target.load_state_dict(self.policy.state_dict())
+        self.policy_target.set_training_mode(False)
+        self.policy_kwargs, self.n_steps, self.replay_buffer_kwargs = plain, n_steps, buffer_kwargs
+
+    def _check_spaces(self) -> None:
+        """Say what is not supported before anything is built."""
+        observations, actions = self.observation_space, self.action_space
+        if not isinstance(observations, spaces.Box):
+            raise ValueError(f"EfficientZeroV2 needs Box observations, not {observations}.")
+        if not isinstance(actions, spaces.Discrete | spaces.Box):
+            raise ValueError(f"EfficientZeroV2 needs Discrete or Box actions, not {actions}.")
+        if isinstance(actions, spaces.Box) and not actions.is_bounded("both"):
+            raise ValueError(f"EfficientZeroV2 needs bounded actions, not {actions}; wrap the environment.")
+        images = len(observations.shape) == 3
+        if issubclass(self.policy_class, CnnPolicy):
+            if not images:
+                raise ValueError(
+                    f"CnnPolicy needs images, the observations have shape {observations.shape}: MlpPolicy."
+                )
+            if is_image_space(observations) and not is_image_space_channels_first(observations):
+                raise ValueError(f"Images must come channels first, not as {observations.shape}: VecTransposeImage.")
+        if self.image_shift is None:
+            self.image_shift = 4 if images and min(observations.shape[1:]) >= 32 else 0
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """
+        Run updates; the target network is replaced every ``target_update_interval`` of them.
+
+        :param gradient_steps: number of updates
+        :param batch_size: windows per update
+        """
+        metrics = MetricMeans()
+        for _ in range(gradient_steps):
+            train_weighted(self, self.compute_loss, 1, batch_size, metrics)
+            if self._n_updates % self.target_update_interval == 0:
+                self.policy_target.load_state_dict(self.policy.state_dict())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for key, value in metrics.flush().items():
+            self.logger.record(f"train/{key}", value)
+
+    def _augment(self, observations: th.Tensor) -> th.Tensor:
+        if not isinstance(self.policy, CnnPolicy):
+            return observations
+        observations = observations.float()
+        if self.image_shift:
+            observations = random_intensity(random_shift(observations, self.image_shift), 0.05)
+        return observations
+
+    @th.no_grad()
+    def reanalyze(self, batch: SequenceSamples) -> Targets:
+        """
+        Search from the first K + 1 observations of each window with the target network.
+
+        :param batch: windows of the replay buffer
+        :return: targets of value and policy
+        """
+        places, target = self.unroll_steps + 1, self.policy_target
+        size, length = batch.rewards.shape
+        flat = th.from_numpy(batch.observations.reshape(-1, *batch.observations.shape[2:])).to(self.device)
+        roots = target.roots(flat)
+        values = np.asarray(th.as_tensor(roots.values).cpu()).reshape(size, length + 1)
+
+        def first(x: Any) -> Any:
+            return x.reshape(size, length + 1, *x.shape[1:])[:, :places].reshape(size * places, *x.shape[1:])
+
+        out, sampled = target.plan(Roots(*(first(x) for x in roots)), noise=True)
+        found: NDArray[np.float32] = out.root_values.reshape(size, places)
+        if self.value_target != "search":
+            n_step = n_step_values(
+                batch.rewards, values, batch.lengths, batch.terminated,
+                unroll_steps=self.unroll_steps, n_steps=self.n_steps, gamma=self.gamma,
+            )  # fmt: skip
+            late = self.value_target == "mixed" and self._n_updates >= self.mixed_start
+            fresh = np.full(size, True) if not late else batch.ages <= self.mixed_threshold
+            found = mix_values(n_step, found, fresh)
+        over = np.arange(places) >= batch.lengths[:, None]
+        found = np.where(over & batch.terminated[:, None], 0, found).astype(np.float32)
+
+        def tensor(x: NDArray[Any]) -> th.Tensor:
+            return th.from_numpy(x).to(self.device).reshape(size, places, *x.shape[1:])
+
+        return Targets(
+            th.from_numpy(found).to(self.device),
+            tensor(out.improved_policy),
+            None if sampled is None else tensor(sampled),
+            tensor(out.actions),
+            float(out.tree.depths.max(axis=1).mean()),
+        )
+
+    def compute_loss(self, batch: SequenceSamples) -> LossOutput:
+        """
+        Loss of windows unrolled through the model.
+
+        :param batch: windows of the replay buffer
+        :return: loss and error of the value at the first place, ``[B]``, and metrics
+        :raises FloatingPointError: if a term is not finite, on a CPU; names it
+        """
+        targets = self.reanalyze(batch)
+        net, steps = self.policy.network, self.unroll_steps
+        policy_mask, value_mask, reward_mask = (
+            th.from_numpy(mask).to(self.device) for mask in masks(batch.lengths, batch.terminated, steps)
+        )
+        inside = th.from_numpy((np.arange(steps) < batch.lengths[:, None]).astype(np.float32)).to(self.device)
+        observations = th.from_numpy(batch.observations[:, : steps + 1]).to(self.device)
+        actions = th.from_numpy(batch.actions[:, :steps]).to(self.device)
+        rewards = self.policy.encode(th.from_numpy(batch.rewards[:, :steps]).to(self.device))
+        values = self.policy.encode(targets.values)
+
+        latent = net.represent(self._augment(observations[:, 0]))
+        if self.consistency_coef:
+            with th.no_grad():
+                later = observations[:, 1:].transpose(0, 1).flatten(0, 1)  # place by place
+                goals = net.project(net.represent(self._augment(later))).chunk(steps)
+        value_logits, policy = net.predict(latent)
+        first_value = self.policy.decode(value_logits.detach())
+        zero = th.zeros(len(latent), device=self.device)
+        terms = {
+            "value_loss": cross_entropy(value_logits, values[:, 0]) * value_mask[:, 0],
+            "policy_loss": self._policy_loss(policy, targets, 0) * policy_mask[:, 0],
+            "reward_loss": zero, "consistency_loss": zero, "entropy": self._entropy(policy),
+        }  # fmt: skip
+        for k in range(steps):
+            latent = net.dynamics(latent, self.policy.action_input(actions[:, k]))
+            terms["reward_loss"] = (
+                terms["reward_loss"] + cross_entropy(net.reward(latent), rewards[:, k]) * reward_mask[:, k]
+            )
+            if self.consistency_coef:
+                similar = negative_cosine(net.predictor(net.project(latent)), goals[k])
+                terms["consistency_loss"] = terms["consistency_loss"] + similar * inside[:, k]
+            value_logits, policy = net.predict(latent)
+            terms["value_loss"] = (
+                terms["value_loss"] + cross_entropy(value_logits, values[:, k + 1]) * value_mask[:, k + 1]
+            )
+            terms["policy_loss"] = (
+                terms["policy_loss"] + self._policy_loss(policy, targets, k + 1) * policy_mask[:, k + 1]
+            )
+            terms["entropy"] = terms["entropy"] + self._entropy(policy) * policy_mask[:, k + 1]
+            latent.register_hook(lambda grad: grad * 0.5)
+        loss = (
+            self.value_coef * terms["value_loss"]
+            + self.policy_coef * terms["policy_loss"]
+            + self.reward_coef * terms["reward_loss"]
+            + self.consistency_coef * terms["consistency_loss"]
+        ) / steps
+        if not self.policy.discrete:
+            loss = loss - self.ent_coef * terms["entropy"] / steps
+        if loss.device.type == "cpu" and not th.isfinite(loss).all():
+            bad = [name for name, term in terms.items() if not th.isfinite(term).all()]
+            raise FloatingPointError(
+                f"{' and '.join(bad)} of update {self._n_updates} is not finite. Check the rewards' scale, or lower "
+                "the learning rate; checkpoints written before this update are intact."
+            )
+        td_error = targets.values[:, 0] - first_value
+        metrics = {name: term.mean() / steps for name, term in terms.items()}
+        metrics["value_error"] = td_error.abs().mean()
+        metrics["value_mean"] = first_value.mean()
+        metrics["search_depth"] = zero[0] + targets.depth
+        return LossOutput(loss, td_error, metrics)
+
+    def _policy_loss(self, policy: th.Tensor, targets: Targets, place: int) -> th.Tensor:
+        """Cross entropy to the improved policy; with several action dimensions, only of the chosen sample."""
+        if targets.actions is None:
+            return cross_entropy(policy, targets.policy[:, place])
+        samples = targets.actions[:, place]
+        if samples.shape[-1] == 1:
+            return -(targets.policy[:, place] * log_prob(policy, samples)).sum(1)
+        best = samples[th.arange(len(samples)), targets.best[:, place]]
+        return -log_prob(policy, best[:, None]).squeeze(1)
+
+    def _entropy(self, policy: th.Tensor) -> th.Tensor:
+        if self.policy.discrete:
+            logs = policy.detach().log_softmax(1)
+            return -(logs.exp() * logs).sum(1)
+        return sampled_entropy(policy)
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "EfficientZeroV2",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """
+        Collect and learn, as in SB3.
+
+        :param total_timesteps: environment steps
+        :param callback: SB3 callbacks
+        :param log_interval: episodes between log lines
+        :param tb_log_name: name of the run for TensorBoard
+        :param reset_num_timesteps: False continues counting
+        :param progress_bar: show progress
+        :return: self
+        """
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "policy_target"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy_target", "policy.optimizer"], []

@@ -1,0 +1,280 @@
+"""Networks of EfficientZero V2: a residual one for images, an MLP for vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from torch import nn
+
+
+class Residual(nn.Module):
+    """
+    ``x + residual(x)``.
+
+    :param layers: of the residual
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(*layers)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """Add the residual."""
+        out: th.Tensor = x + self.residual(x)
+        return out
+
+
+class RunningNorm(nn.Module):
+    """
+    Standardise vectors by the mean and variance of everything seen in training mode (Chan et al., 1979).
+
+    :param size: D
+    """
+
+    mean: th.Tensor
+    var: th.Tensor
+    count: th.Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", th.zeros(size))
+        self.register_buffer("var", th.ones(size))
+        self.register_buffer("count", th.zeros(()))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        Normalise; in training mode learn first.
+
+        :param x: ``[B, D]``
+        :return: ``[B, D]``, clipped to [-10, 10]
+        """
+        if self.training:
+            with th.no_grad():
+                delta, total = x.mean(0) - self.mean, self.count + len(x)
+                seen = self.var * self.count + x.var(0, unbiased=False) * len(x)
+                self.var.copy_((seen + delta**2 * self.count * len(x) / total) / total)
+                self.mean.add_(delta * len(x) / total)
+                self.count.copy_(total)
+        return ((x - self.mean) / (self.var + 1e-6).sqrt()).clamp(-10, 10)
+
+
+def _block(n_in: int, n_out: int) -> list[nn.Module]:
+    return [nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.ReLU()]
+
+
+def _pre_norm(width: int) -> Residual:
+    return Residual(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+
+
+def _zero_last(layers: nn.Sequential) -> nn.Sequential:
+    """Start a head at zero: uniform policies, values and rewards of 0."""
+    last = layers[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return layers
+
+
+class MlpNetwork(nn.Module):
+    """
+    The network for vectors: pre-norm residual MLPs.
+
+    Unlike the paper, heads have layer norm in place of batch norm, so that search and training see the same network;
+    value and policy share a hidden layer; and continuous actions enter the dynamics as they are.
+
+    :param observation_space: a ``Box``; flattened
+    :param action_size: numbers that describe an action, one-hot or continuous
+    :param policy_size: outputs of the policy head
+    :param support_size: bins of the value and the reward head
+    :param latent_size: size of the latent state, H
+    :param blocks: residual blocks in representation and dynamics
+    :param projection_size: hidden units of the heads of the self-supervised loss
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Box,
+        action_size: int,
+        policy_size: int,
+        support_size: int,
+        latent_size: int = 128,
+        blocks: int = 1,
+        projection_size: int = 128,
+    ) -> None:
+        super().__init__()
+        self.action_size, self.support_size, self.policy_size = action_size, support_size, policy_size
+        size, h = int(np.prod(observation_space.shape)), latent_size
+        self.norm = RunningNorm(size)
+        self.representation = nn.Sequential(
+            nn.Linear(size, h), nn.LayerNorm(h), nn.Tanh(), *(_pre_norm(h) for _ in range(blocks)), nn.LayerNorm(h)
+        )
+        self.step = nn.Sequential(*_block(h + action_size, h), nn.Linear(h, h))
+        self.settle = nn.Sequential(*(_pre_norm(h) for _ in range(blocks)), nn.LayerNorm(h))
+        self.reward_head = _zero_last(nn.Sequential(*_block(h, h), nn.Linear(h, support_size)))
+        self.prediction = _zero_last(nn.Sequential(*_block(h, h), nn.Linear(h, support_size + policy_size)))
+        self.projector = nn.Sequential(*_block(h, projection_size), nn.Linear(projection_size, h))
+        self.predictor = nn.Sequential(*_block(h, projection_size), nn.Linear(projection_size, h))
+
+    def represent(self, observations: th.Tensor) -> th.Tensor:
+        """Map ``[B, *obs_shape]`` to latent states ``[B, H]``."""
+        out: th.Tensor = self.representation(self.norm(observations.flatten(1).float()))
+        return out
+
+    def dynamics(self, latent: th.Tensor, action: th.Tensor) -> th.Tensor:
+        """Map latent states ``[B, H]`` and actions ``[B, action_size]`` to the next ones."""
+        out: th.Tensor = self.settle(latent + self.step(th.cat([latent, action], 1)))
+        return out
+
+    def reward(self, latent: th.Tensor) -> th.Tensor:
+        """Logits ``[B, support_size]`` of the reward on the way to a latent state."""
+        out: th.Tensor = self.reward_head(latent)
+        return out
+
+    def predict(self, latent: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """Logits of the value ``[B, support_size]``, and the policy ``[B, policy_size]``."""
+        out = self.prediction(latent)
+        return out[:, : self.support_size], out[:, self.support_size :]
+
+    def project(self, latent: th.Tensor) -> th.Tensor:
+        """Projection for the self-supervised loss, ``[B, H]``."""
+        out: th.Tensor = self.projector(latent)
+        return out
+
+
+class ResBlock(nn.Module):
+    """
+    Two 3x3 convolutions with batch norm and a skip connection.
+
+    :param n_in: input channels
+    :param n_out: output channels
+    :param stride: 2 halves the picture; the skip connection is then a 3x3 convolution as well
+    """
+
+    def __init__(self, n_in: int, n_out: int | None = None, stride: int = 1) -> None:
+        super().__init__()
+        n_out = n_out or n_in
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()),
+            *(nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)),
+        )
+        plain = stride == 1 and n_in == n_out
+        self.skip = nn.Identity() if plain else nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """Map ``[B, n_in, H, W]`` to ``[B, n_out, ...]``."""
+        return th.relu(self.layers(x) + self.skip(x))
+
+
+class _Head(nn.Sequential):
+    """1x1 convolution to few channels, then a small MLP."""
+
+    def __init__(self, channels: int, cells: int, reduced: int, hidden: int, out: int) -> None:
+        super().__init__(
+            *(nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU(), nn.Flatten()),
+            *(nn.Linear(reduced * cells, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ELU(), nn.Linear(hidden, out)),
+        )
+        _zero_last(self)
+
+
+class CnnNetwork(nn.Module):
+    """
+    The residual network for images (Wang et al., 2024, appendix).
+
+    Pictures of 32 pixels or more are halved four times (96x96 becomes 6x6), smaller ones keep their size.
+
+    Unlike the paper, the reward head says the reward of one step, not a value prefix.
+
+    :param observation_space: channel-first images
+    :param action_size: numbers that describe an action; they are spread over planes
+    :param policy_size: outputs of the policy head
+    :param support_size: bins of the value and the reward head
+    :param channels: of the latent state, C
+    :param head_channels: channels behind the heads' 1x1 convolution
+    :param head_size: hidden units of the heads
+    :param projection_size: hidden units of the heads of the self-supervised loss
+    :raises ValueError: if an image is smaller than the strides need
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Box,
+        action_size: int,
+        policy_size: int,
+        support_size: int,
+        channels: int = 64,
+        head_channels: int = 16,
+        head_size: int = 32,
+        projection_size: int = 1024,
+    ) -> None:
+        super().__init__()
+        self.action_size, self.support_size, self.policy_size = action_size, support_size, policy_size
+        planes, height, width = observation_space.shape
+        self.scale = float(np.max(observation_space.high))
+        if min(height, width) < 4:
+            raise ValueError(f"Images of {height}x{width} are too small for 3x3 convolutions: at least 4x4.")
+        c, half = channels, max(channels // 2, 1)
+        self.representation: nn.Sequential
+        if min(height, width) >= 32:
+            self.representation = nn.Sequential(
+                *(nn.Conv2d(planes, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU(), ResBlock(half)),
+                *(ResBlock(half, c, 2), ResBlock(c), nn.AvgPool2d(3, 2, 1), ResBlock(c), nn.AvgPool2d(3, 2, 1)),
+                ResBlock(c),
+            )
+        else:
+            self.representation = nn.Sequential(
+                *(nn.Conv2d(planes, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU(), ResBlock(c))
+            )
+        with th.no_grad():
+            self.representation.eval()
+            rows, columns = self.representation(th.zeros(1, planes, height, width)).shape[2:]
+            self.representation.train()
+        cells = rows * columns
+        self.encode_action = nn.Sequential(
+            nn.Conv2d(action_size, head_channels, 1), nn.GroupNorm(1, head_channels), nn.ReLU()
+        )
+        self.step = nn.Sequential(nn.Conv2d(c + head_channels, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c))
+        self.settle = ResBlock(c)
+        self.reward_head = _Head(c, cells, head_channels, head_size, support_size)
+        self.trunk = ResBlock(c)
+        self.value_head = _Head(c, cells, head_channels, head_size, support_size)
+        self.policy_head = _Head(c, cells, head_channels, head_size, policy_size)
+        p = projection_size
+        self.projector = nn.Sequential(
+            *(nn.Flatten(), nn.Linear(c * cells, p), nn.BatchNorm1d(p), nn.ReLU()),
+            *(nn.Linear(p, p), nn.BatchNorm1d(p), nn.ReLU(), nn.Linear(p, p), nn.BatchNorm1d(p)),
+        )
+        self.predictor = nn.Sequential(
+            *(nn.Linear(p, max(p // 4, 1)), nn.BatchNorm1d(max(p // 4, 1)), nn.ReLU(), nn.Linear(max(p // 4, 1), p))
+        )
+
+    def represent(self, observations: th.Tensor) -> th.Tensor:
+        """Map images ``[B, *obs_shape]`` to latent states ``[B, C, h, w]``."""
+        out: th.Tensor = self.representation(observations.float() / self.scale)
+        return out
+
+    def dynamics(self, latent: th.Tensor, action: th.Tensor) -> th.Tensor:
+        """Map latent states ``[B, C, h, w]`` and actions ``[B, action_size]`` to the next ones."""
+        planes = self.encode_action(action[:, :, None, None]).expand(-1, -1, *latent.shape[2:])
+        out: th.Tensor = self.settle(th.relu(latent + self.step(th.cat([latent, planes], 1))))
+        return out
+
+    def reward(self, latent: th.Tensor) -> th.Tensor:
+        """Logits ``[B, support_size]`` of the reward on the way to a latent state."""
+        out: th.Tensor = self.reward_head(latent)
+        return out
+
+    def predict(self, latent: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """Logits of the value ``[B, support_size]``, and the policy ``[B, policy_size]``."""
+        latent = self.trunk(latent)
+        return self.value_head(latent), self.policy_head(latent)
+
+    def project(self, latent: th.Tensor) -> th.Tensor:
+        """Projection for the self-supervised loss, ``[B, projection_size]``."""
+        out: th.Tensor = self.projector(latent)
+        return out
+
+
+Network: Any = MlpNetwork | CnnNetwork

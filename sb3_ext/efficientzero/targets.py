@@ -1,0 +1,92 @@
+"""Targets of EfficientZero V2 from windows of experience: numpy only, no network, no buffer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+
+
+def n_step_values(
+    rewards: Floats,
+    values: Floats,
+    lengths: NDArray[np.int64],
+    terminated: NDArray[np.bool_],
+    *,
+    unroll_steps: int,
+    n_steps: int,
+    gamma: float,
+) -> NDArray[np.float32]:
+    """
+    n-step returns at the first ``K + 1`` places of each window, bootstrapped from given values.
+
+    ``z_k = sum_{i < m} gamma^i r_{k + i} + gamma^m v_{k + m}`` with ``m = min(n, length - k)``: where a window ends
+    early, the sum stops and bootstraps there; behind a termination there is nothing, and the value of a terminal place
+    is 0.
+
+    :param rewards: of the window's transitions, ``[B, L]``, ``L >= K + n``; ignored from ``lengths`` on
+    :param values: of the window's observations, ``[B, L + 1]``; ignored beyond ``lengths``
+    :param lengths: transitions of the window that belong to its episode, ``[B]``, from 1 to L
+    :param terminated: whether the last of them ended the task, ``[B]``
+    :param unroll_steps: K
+    :param n_steps: n
+    :param gamma: discount factor
+    :return: targets ``[B, K + 1]``, in units of return; at places beyond ``lengths`` of a window that was not
+        terminated the value of its last observation, which is to be masked
+    :raises ValueError: if the windows are too short
+    """
+    batch, length = rewards.shape
+    if length < unroll_steps + n_steps or values.shape != (batch, length + 1):
+        raise ValueError(
+            f"Rewards {rewards.shape} and values {values.shape} are no windows for {unroll_steps} unroll steps and "
+            f"{n_steps}-step returns."
+        )
+    steps = np.arange(length)
+    rewards = np.where(steps < lengths[:, None], rewards, 0.0)
+    ends = np.minimum(np.arange(length + 1)[None], lengths[:, None])
+    values = np.take_along_axis(np.asarray(values, np.float64), ends, axis=1)
+    values[terminated[:, None] & (np.arange(length + 1) >= lengths[:, None])] = 0.0
+    targets = np.zeros((batch, unroll_steps + 1))
+    for k in range(unroll_steps + 1):
+        count = np.clip(lengths - k, 0, n_steps)
+        for i in range(n_steps):
+            targets[:, k] += gamma**i * rewards[:, k + i]
+        targets[:, k] += gamma**count * values[np.arange(batch), k + count]
+    return targets.astype(np.float32)
+
+
+def mix_values(n_step: Floats, search: Floats, fresh: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """
+    Mixed value target: n-step returns for fresh windows, whose actions are nearly on-policy, and search-based values
+    for the others (Wang et al., 2024, https://arxiv.org/abs/2403.00564).
+
+    :param n_step: ``[B, K + 1]``
+    :param search: ``[B, K + 1]``
+    :param fresh: ``[B]``
+    :return: ``[B, K + 1]``
+    """
+    return np.where(fresh[:, None], n_step, search).astype(np.float32)
+
+
+def masks(
+    lengths: NDArray[np.int64], terminated: NDArray[np.bool_], unroll_steps: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """
+    Which places of a window each loss may see.
+
+    :param lengths: transitions of the window that belong to its episode, ``[B]``
+    :param terminated: whether the last of them ended the task, ``[B]``
+    :param unroll_steps: K
+    :return: three arrays of 0 and 1. ``policy [B, K + 1]``: observations in which an action is to be chosen.
+        ``value [B, K + 1]``: those, and everything behind a termination, where the value is 0. ``reward [B, K]``:
+        transitions of the episode, and those behind a termination, where the reward is 0
+    """
+    places = np.arange(unroll_steps + 1)
+    inside = places <= lengths[:, None]
+    policy = inside & ~(terminated[:, None] & (places == lengths[:, None]))
+    value = inside | terminated[:, None]
+    reward = (places[:-1] < lengths[:, None]) | terminated[:, None]
+    return policy.astype(np.float32), value.astype(np.float32), reward.astype(np.float32)

@@ -97,9 +97,10 @@ def _finish(y: Floats, add: Floats, params: Floats, step: NDArray[np.float64]) -
     """Bias, layer norm, activation and residual of one row, in place."""
     n = len(y)
     if step[_BIAS] >= 0:
-        at = int(step[_BIAS])
+        # a slice: with ``at + j``, which might be negative, the loop would not be vectorised
+        bias = params[int(step[_BIAS]) : int(step[_BIAS]) + n]
         for j in range(n):
-            y[j] += params[at + j]
+            y[j] += bias[j]
     if step[_SCALE] >= 0:
         scale, shift = int(step[_SCALE]), int(step[_SHIFT])
         _normalize(y, params[scale : scale + n], params[shift : shift + n], step[_EPS])

@@ -13,6 +13,8 @@ Each side is a process on the same core, mctx in its own environment that uv mak
 blocks, quartiles as spread; ratios are medians of ratios within a round. "Others" is the share of the machine that
 other processes used meanwhile. LightZero's times come from another machine and were not measured here.
 
+numpy's matrix products follow the variable OPENBLAS_CORETYPE: unset, the processor is detected. It is in the results.
+
 --quick only shows that everything works. Nothing else should run on the machine.
 """
 
@@ -266,7 +268,9 @@ def main() -> None:
 
     started = time.time()
     results: dict[str, Any] = {"benchmark": "search", "quick": args.quick, "threads": 1, "machine": blocks.machine()}
-    results["setting"] = {"simulations": N, "actions": A, "width": WIDTH}
+    # OpenBLAS may be told to use kernels for an older processor
+    blas = os.environ.get("OPENBLAS_CORETYPE", "detected")
+    results["setting"] = {"simulations": N, "actions": A, "width": WIDTH, "OPENBLAS_CORETYPE": blas}
     results["lightzero_ms_from_another_machine"] = LIGHTZERO
     rows = []
     script = "../search_speed.py"

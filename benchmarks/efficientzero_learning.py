@@ -40,7 +40,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "marks": (200, 475), "settings": {},
     },
     "pendulum": {
-        "env": "Pendulum-v1", "policy": "MlpPolicy", "steps": 15_000, "eval_every": 1_000, "episodes": 20,
+        "env": "Pendulum-v1", "policy": "MlpPolicy", "steps": 6_000, "eval_every": 500, "episodes": 20,
         "marks": (-300, -200), "settings": {"gamma": 0.98},
     },
     "minatar": {
@@ -77,21 +77,25 @@ def build(task: str, algo: str, seed: int, overrides: dict[str, Any]) -> BaseAlg
     return EfficientZeroV2(settings["policy"], env, seed=seed, device="cpu", **{**settings["settings"], **overrides})
 
 
-def run(task: str, algo: str, seed: int, overrides: dict[str, Any], work: Path, results: Path) -> None:
+def run(
+    task: str, algo: str, seed: int, steps: int | None, overrides: dict[str, Any], work: Path, results: Path
+) -> None:
     """Train once and write the curve, unless it is there."""
     settings = TASKS[task]
     name = f"{task}_{algo}_seed{seed}"
     out, state = results / f"{name}.json", work / name
-    if out.exists() and not overrides:
+    trial = bool(steps or overrides)
+    if out.exists() and not trial:
         return
     state.mkdir(parents=True, exist_ok=True)
     curve: list[dict[str, Any]] = []
     model = build(task, algo, seed, overrides)
     evaluation = make_vec_env(settings["env"], 10, seed=seed)
     model.learn(
-        settings["steps"], callback=Curve(evaluation, settings["eval_every"], settings["episodes"], state, curve)
+        steps or settings["steps"],
+        callback=Curve(evaluation, settings["eval_every"], settings["episodes"], state, curve),
     )
-    if overrides:
+    if trial:
         return
     used = settings["settings"] if algo == "efficientzero" else "PEERS in the script"
     facts = {
@@ -140,6 +144,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS)
     parser.add_argument("--algos", nargs="+", choices=ALGOS, default=["efficientzero"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="trial runs: stop earlier or later")
     parser.add_argument("--work", type=Path, default=Path("logs/learning"), help="where models are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where finished runs are written")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="trial runs: no result is written")
@@ -154,7 +159,7 @@ def main() -> None:
     overrides = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
     for seed in args.seeds:
         for algo in args.algos:
-            run(args.task, algo, seed, overrides, args.work, args.results)
+            run(args.task, algo, seed, args.steps, overrides, args.work, args.results)
 
 
 if __name__ == "__main__":

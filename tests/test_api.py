@@ -21,6 +21,8 @@ PURE = (
     "common/priorities",
     "common/frames",
     "efficientzero/search",
+    "efficientzero/tree",
+    "efficientzero/fast",
     "efficientzero/targets",
 )
 ALGORITHMS = {"dqn", "cql", "efficientzero", "gail"}
@@ -120,6 +122,7 @@ def test_py_typed_is_shipped() -> None:
 
 EXAMPLES = [
     ("cql.py", []),
+    ("efficientzero.py", ["--steps", "60"]),
     ("gail.py", []),
     ("prioritized_dqn.py", []),
     ("breakout.py", ["--steps", "2", "--episodes", "1"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch as th
@@ -17,35 +17,13 @@ from sb3_ext.common.sequences import SequenceReplayBuffer, SequenceSamples
 from sb3_ext.common.training import LossOutput, MetricMeans, train_weighted
 from sb3_ext.common.weighted import WeightedMixin
 from sb3_ext.efficientzero.augment import random_intensity, random_shift
-from sb3_ext.efficientzero.policies import (
-    CnnPolicy,
-    EfficientZeroPolicy,
-    MlpPolicy,
-    Roots,
-    log_prob,
-    sampled_entropy,
-)
-from sb3_ext.efficientzero.targets import masks, mix_values, n_step_values
+from sb3_ext.efficientzero.explain import Explanation, explain
+from sb3_ext.efficientzero.gaussian import log_prob, sampled_entropy
+from sb3_ext.efficientzero.policies import CnnPolicy, EfficientZeroPolicy, MlpPolicy
+from sb3_ext.efficientzero.reanalysis import Targets, reanalyze
+from sb3_ext.efficientzero.targets import masks
 
 VALUE_TARGETS = ("mixed", "n_step", "search")
-
-
-class Targets(NamedTuple):
-    """
-    What a batch of windows is trained towards, at K + 1 places each.
-
-    :param values: ``[B, K + 1]``
-    :param policy: improved policy, ``[B, K + 1, S]`` over S actions or samples
-    :param actions: continuous control: those samples, ``[B, K + 1, S, D]``; else None
-    :param best: slot that the search chose, ``[B, K + 1]``
-    :param depth: of the deepest node of each search, mean
-    """
-
-    values: th.Tensor
-    policy: th.Tensor
-    actions: th.Tensor | None
-    best: th.Tensor
-    depth: float
 
 
 class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
@@ -212,8 +190,6 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
             raise ValueError(f"EfficientZeroV2 needs Box observations, not {observations}.")
         if not isinstance(actions, spaces.Discrete | spaces.Box):
             raise ValueError(f"EfficientZeroV2 needs Discrete or Box actions, not {actions}.")
-        if isinstance(actions, spaces.Box) and not actions.is_bounded("both"):
-            raise ValueError(f"EfficientZeroV2 needs bounded actions, not {actions}; wrap the environment.")
         images = len(observations.shape) == 3
         if issubclass(self.policy_class, CnnPolicy):
             if not images:
@@ -249,7 +225,6 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
             observations = random_intensity(random_shift(observations, self.image_shift), 0.05)
         return observations
 
-    @th.no_grad()
     def reanalyze(self, batch: SequenceSamples) -> Targets:
         """
         Search from the first K + 1 observations of each window with the target network.
@@ -257,38 +232,11 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
         :param batch: windows of the replay buffer
         :return: targets of value and policy
         """
-        places, target = self.unroll_steps + 1, self.policy_target
-        size, length = batch.rewards.shape
-        flat = th.from_numpy(batch.observations.reshape(-1, *batch.observations.shape[2:])).to(self.device)
-        roots = target.roots(flat)
-        values = np.asarray(th.as_tensor(roots.values).cpu()).reshape(size, length + 1)
-
-        def first(x: Any) -> Any:
-            return x.reshape(size, length + 1, *x.shape[1:])[:, :places].reshape(size * places, *x.shape[1:])
-
-        out, sampled = target.plan(Roots(*(first(x) for x in roots)), noise=True)
-        found: NDArray[np.float32] = out.root_values.reshape(size, places)
-        if self.value_target != "search":
-            n_step = n_step_values(
-                batch.rewards, values, batch.lengths, batch.terminated,
-                unroll_steps=self.unroll_steps, n_steps=self.n_steps, gamma=self.gamma,
-            )  # fmt: skip
-            late = self.value_target == "mixed" and self._n_updates >= self.mixed_start
-            fresh = np.full(size, True) if not late else batch.ages <= self.mixed_threshold
-            found = mix_values(n_step, found, fresh)
-        over = np.arange(places) >= batch.lengths[:, None]
-        found = np.where(over & batch.terminated[:, None], 0, found).astype(np.float32)
-
-        def tensor(x: NDArray[Any]) -> th.Tensor:
-            return th.from_numpy(x).to(self.device).reshape(size, places, *x.shape[1:])
-
-        return Targets(
-            th.from_numpy(found).to(self.device),
-            tensor(out.improved_policy),
-            None if sampled is None else tensor(sampled),
-            tensor(out.actions),
-            float(out.tree.depths.max(axis=1).mean()),
-        )
+        late = self.value_target == "mixed" and self._n_updates >= self.mixed_start
+        return reanalyze(
+            self.policy_target, batch, unroll_steps=self.unroll_steps, n_steps=self.n_steps,
+            max_age=-1 if self.value_target == "search" else self.mixed_threshold if late else None,
+        )  # fmt: skip
 
     def compute_loss(self, batch: SequenceSamples) -> LossOutput:
         """
@@ -347,13 +295,14 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
         ) / steps
         if not self.policy.discrete:
             loss = loss - self.ent_coef * terms["entropy"] / steps
-        if loss.device.type == "cpu" and not th.isfinite(loss).all():
-            bad = [name for name, term in terms.items() if not th.isfinite(term).all()]
+        td_error = targets.values[:, 0] - first_value
+        if loss.device.type == "cpu" and not th.isfinite(loss + td_error).all():
+            known = {"value_target": targets.values, **terms}
+            bad = [name for name, term in known.items() if not th.isfinite(term).all()]
             raise FloatingPointError(
                 f"{' and '.join(bad)} of update {self._n_updates} is not finite. Check the rewards' scale, or lower "
                 "the learning rate; checkpoints written before this update are intact."
             )
-        td_error = targets.values[:, 0] - first_value
         metrics = {name: term.mean() / steps for name, term in terms.items()}
         metrics["value_error"] = td_error.abs().mean()
         metrics["value_mean"] = first_value.mean()
@@ -375,6 +324,17 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
             logs = policy.detach().log_softmax(1)
             return -(logs.exp() * logs).sum(1)
         return sampled_entropy(policy)
+
+    def explain(self, observation: NDArray[Any], deterministic: bool = True) -> Explanation:
+        """
+        Search once from one observation and say what the search did: ``print`` it, or ``draw`` its tree.
+
+        :param observation: as for ``predict``, a single one
+        :param deterministic: without Gumbel noise
+        :return: see :class:`~sb3_ext.efficientzero.explain.Explanation`
+        :raises ValueError: if it is a batch
+        """
+        return explain(self.policy, observation, deterministic)
 
     def learn(
         self,

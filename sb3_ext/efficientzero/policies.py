@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,13 +17,13 @@ from torch.nn import functional as F
 
 from sb3_ext.common.losses import inverse_value_transform, two_hot, value_transform
 from sb3_ext.efficientzero.fast import FastMlp, compile_mlp, decode
+from sb3_ext.efficientzero.gaussian import BOUND, squashed_normal
 from sb3_ext.efficientzero.networks import CnnNetwork, MlpNetwork
 from sb3_ext.efficientzero.search import RecurrentOutput, SearchOutput, gumbel_search
 
 INNER_ACTIONS = 2
 """Sampled actions per node below the root, continuous control."""
 _EPS = 1e-3
-_BOUND = 0.999
 
 
 class Roots(NamedTuple):
@@ -39,40 +38,6 @@ class Roots(NamedTuple):
     latent: Any
     values: Any
     policy: Any
-
-
-def _normal(policy: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """Mean and standard deviation before the tanh."""
-    mean, std = policy.chunk(2, dim=1)
-    return 5 * th.tanh(mean / 5), F.softplus(std + 1.0) + 0.1
-
-
-def log_prob(policy: th.Tensor, actions: th.Tensor) -> th.Tensor:
-    """
-    Log density of actions under a Gaussian squashed by tanh.
-
-    :param policy: output of the policy head, ``[B, 2 D]``
-    :param actions: in (-1, 1), ``[B, S, D]``
-    :return: ``[B, S]``
-    """
-    mean, std = _normal(policy)
-    actions = actions.clamp(-_BOUND, _BOUND)
-    z = (th.atanh(actions) - mean[:, None]) / std[:, None]
-    density = -0.5 * z**2 - std.log()[:, None] - 0.5 * math.log(2 * math.pi) - th.log1p(-(actions**2))
-    return density.sum(-1)
-
-
-def sampled_entropy(policy: th.Tensor, samples: int = 32) -> th.Tensor:
-    """
-    Entropy of a squashed Gaussian, estimated from reparameterised samples.
-
-    :param policy: output of the policy head, ``[B, 2 D]``
-    :param samples: how many
-    :return: ``[B]``, in nats
-    """
-    mean, std = _normal(policy)
-    actions = th.tanh(mean[:, None] + std[:, None] * th.randn(len(mean), samples, mean.shape[1], device=mean.device))
-    return -log_prob(policy, actions).mean(1)
 
 
 @contextmanager
@@ -106,7 +71,7 @@ class EfficientZeroPolicy(BasePolicy):
     :param value_range: largest absolute value and reward that the bins reach, in units of return
     :param search: False acts by the network's policy alone
     :param network_kwargs: sizes; see the network class
-    :param optimizer_class: of torch
+    :param optimizer_class: of torch, or its name in ``torch.optim``
     :param optimizer_kwargs: likewise
     """
 
@@ -125,13 +90,13 @@ class EfficientZeroPolicy(BasePolicy):
         value_range: float = 300.0,
         search: bool = True,
         network_kwargs: dict[str, Any] | None = None,
-        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_class: type[th.optim.Optimizer] | str = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             observation_space,
             action_space,
-            optimizer_class=optimizer_class,
+            optimizer_class=getattr(th.optim, optimizer_class) if isinstance(optimizer_class, str) else optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
             squash_output=isinstance(action_space, spaces.Box),
         )
@@ -279,16 +244,16 @@ class EfficientZeroPolicy(BasePolicy):
         :param latent: of the node
         :return: logits of the samples, and the embedding
         """
-        mean, std = _normal(policy)
+        mean, std = squashed_normal(policy)
         draw = th.randn(len(mean), INNER_ACTIONS, self.action_size, device=mean.device)
         actions = th.zeros(len(mean), self.num_sampled_actions, self.action_size, device=mean.device)
-        actions[:, :INNER_ACTIONS] = th.tanh(mean[:, None] + std[:, None] * draw).clamp(-_BOUND, _BOUND)
+        actions[:, :INNER_ACTIONS] = th.tanh(mean[:, None] + std[:, None] * draw).clamp(-BOUND, BOUND)
         numpy = isinstance(latent, np.ndarray)
         logits = np.zeros((len(mean), INNER_ACTIONS), np.float32)
         return logits, (latent, actions.numpy() if numpy else actions)
 
     def _sample_roots(self, policy: th.Tensor, noise: bool) -> th.Tensor:
-        mean, std = _normal(policy)
+        mean, std = squashed_normal(policy)
         shape = (len(mean), self.num_sampled_actions, self.action_size)
         if noise:
             draw = th.randn(shape, device=mean.device)
@@ -297,7 +262,7 @@ class EfficientZeroPolicy(BasePolicy):
             fixed = th.randn(shape[1:], generator=th.Generator().manual_seed(0))
             fixed[0] = 0
             draw = fixed.to(mean.device).expand(shape)
-        return th.tanh(mean[:, None] + std[:, None] * draw).clamp(-_BOUND, _BOUND)
+        return th.tanh(mean[:, None] + std[:, None] * draw).clamp(-BOUND, BOUND)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
@@ -311,19 +276,30 @@ class EfficientZeroPolicy(BasePolicy):
         roots = self.roots(observation)
         if not self.search:
             return self._prior_action(th.as_tensor(roots.policy), deterministic)
-        with th.random.fork_rng(enabled=deterministic, devices=[]):
-            if deterministic:
-                th.manual_seed(0)  # inner nodes of continuous control sample as well
+        with self.repeatable(deterministic):
             out, sampled = self.plan(roots, noise=not deterministic)
         if sampled is None:
             return th.from_numpy(out.actions)
         chosen = th.from_numpy(sampled[np.arange(len(sampled)), out.actions])
         return chosen.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
 
+    @contextmanager
+    def repeatable(self, fixed: bool) -> Iterator[None]:
+        """
+        Let nodes below the root of continuous control draw the same samples each time, and leave torch's generator
+        alone.
+
+        :param fixed: False does nothing
+        """
+        with th.random.fork_rng(enabled=fixed, devices=[]):
+            if fixed:
+                th.manual_seed(0)
+            yield
+
     def _prior_action(self, policy: th.Tensor, deterministic: bool) -> th.Tensor:
         if self.discrete:
             return policy.argmax(1) if deterministic else th.multinomial(policy.softmax(1), 1).squeeze(1)
-        mean, std = _normal(policy)
+        mean, std = squashed_normal(policy)
         actions = th.tanh(mean if deterministic else mean + std * th.randn_like(mean))
         return actions.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
 

@@ -113,7 +113,7 @@ class Algo:
     @property
     def replays(self) -> bool:
         """Whether it keeps a replay buffer of its own."""
-        return "replay_buffer_class" in self.parameters
+        return "replay_buffer_kwargs" in self.parameters
 
     @property
     def keys(self) -> set[str]:

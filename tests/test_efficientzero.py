@@ -1,0 +1,522 @@
+"""EfficientZeroV2: targets, windows, networks, one update, SB3's contract, and that it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from hypothesis import given
+from hypothesis import strategies as st
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_ext import EfficientZeroV2
+from sb3_ext.common.losses import (
+    cross_entropy,
+    inverse_value_transform,
+    negative_cosine,
+    two_hot,
+    value_transform,
+)
+from sb3_ext.common.sequences import SequenceReplayBuffer
+from sb3_ext.data import StackFrames, make_atari_env
+from sb3_ext.efficientzero.augment import random_intensity, random_shift
+from sb3_ext.efficientzero.gaussian import log_prob, sampled_entropy
+from sb3_ext.efficientzero.networks import CnnNetwork, RunningNorm
+from sb3_ext.efficientzero.policies import MlpPolicy
+from sb3_ext.efficientzero.targets import masks, mix_values, n_step_values
+
+SMALL: dict[str, Any] = {
+    "learning_starts": 20,
+    "batch_size": 8,
+    "num_simulations": 4,
+    "buffer_size": 500,
+    "device": "cpu",
+    "policy_kwargs": {"network_kwargs": {"latent_size": 16, "projection_size": 16}},
+}
+TINY_CNN = {"network_kwargs": {"channels": 8, "head_channels": 4, "head_size": 8, "projection_size": 16}}
+
+
+# --- transforms
+
+
+@given(st.floats(-1e5, 1e5))
+def test_value_transform_round_trip(x: float) -> None:
+    value = th.tensor(x, dtype=th.float64)
+    assert inverse_value_transform(value_transform(value)).item() == pytest.approx(x, rel=1e-9, abs=1e-9)
+    assert value_transform(-value) == -value_transform(value)
+
+
+def test_value_transform_by_hand() -> None:
+    assert value_transform(th.tensor([0.0, 3.0, -8.0])).tolist() == pytest.approx([0, 1.003, -2.008])
+
+
+def test_two_hot_by_hand_and_at_the_ends() -> None:
+    support = th.linspace(-2, 2, 5)
+    target = two_hot(th.tensor([0.25, -2.0, 2.0, 9.0]), support)
+    assert target.tolist() == [[0, 0, 0.75, 0.25, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 1]]
+    places = th.linspace(-2, 2, 41)
+    th.testing.assert_close(two_hot(places, support) @ support, places, atol=1e-6, rtol=0)
+
+
+def test_cross_entropy_and_cosine() -> None:
+    logits, target = th.randn(4, 5), th.rand(4, 5).softmax(1)
+    th.testing.assert_close(
+        cross_entropy(logits, target), th.nn.functional.cross_entropy(logits, target, reduction="none")
+    )
+    x = th.randn(3, 7, requires_grad=True)
+    assert negative_cosine(x, 3 * x).tolist() == pytest.approx([-1, -1, -1], abs=1e-6)
+    assert negative_cosine(x, -x.detach()).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+
+
+# --- targets
+
+
+def slow_n_step(rewards: Any, values: Any, length: int, terminated: bool, k: int, n: int, gamma: float) -> float:
+    """One target, step by step."""
+    total, discount = 0.0, 1.0
+    for place in range(k, k + n):
+        if place >= length:
+            break
+        total += discount * rewards[place]
+        discount *= gamma
+    end = min(k + n, length)
+    if end >= length and terminated:
+        return total
+    return total + discount * values[max(end, min(k, length))]
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10_000))
+def test_n_step_values_equal_the_slow_ones(unroll: int, n: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    size, length = 6, unroll + n
+    rewards, values = rng.normal(size=(size, length)), rng.normal(size=(size, length + 1))
+    lengths, terminated = rng.integers(1, length + 1, size), rng.random(size) < 0.5
+    found = n_step_values(rewards, values, lengths, terminated, unroll_steps=unroll, n_steps=n, gamma=0.9)
+    for b in range(size):
+        for k in range(unroll + 1):
+            if k <= lengths[b] or terminated[b]:
+                wanted = slow_n_step(rewards[b], values[b], lengths[b], terminated[b], k, n, 0.9)
+                assert found[b, k] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_short_windows_are_refused() -> None:
+    with pytest.raises(ValueError, match="no windows for 3 unroll steps and 2-step"):
+        n_step_values(
+            np.zeros((1, 4)), np.zeros((1, 5)), np.array([4]), np.array([False]), unroll_steps=3, n_steps=2, gamma=1
+        )
+
+
+def test_masks_by_hand() -> None:
+    policy, value, reward = masks(np.array([1, 1, 5]), np.array([True, False, True]), 3)
+    assert policy.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert value.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert reward.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 1]]
+    mixed = mix_values(np.ones((2, 2)), np.zeros((2, 2)), np.array([True, False]))
+    assert mixed.tolist() == [[1, 1], [0, 0]]
+
+
+# --- windows
+
+
+def fill(n_envs: int, steps: int, size: int = 64, length: int = 4) -> tuple[SequenceReplayBuffer, list[list[Any]]]:
+    """A buffer of numbered observations, and the episodes that went in, per environment."""
+    space, actions = spaces.Box(-np.inf, np.inf, (2,)), spaces.Discrete(3)
+    buffer = SequenceReplayBuffer(size, space, actions, "cpu", n_envs, length=length)
+    rng = np.random.default_rng(0)
+    episodes: list[list[Any]] = [[] for _ in range(n_envs)]
+    obs = rng.normal(size=(n_envs, 2)).astype(np.float32)
+    for _ in range(steps):
+        action, reward = rng.integers(3, size=(n_envs, 1)), rng.normal(size=n_envs)
+        done, cut = rng.random(n_envs) < 0.25, rng.random(n_envs) < 0.5
+        following = rng.normal(size=(n_envs, 2)).astype(np.float32)
+        infos = [{"TimeLimit.truncated": bool(d and c)} for d, c in zip(done, cut, strict=True)]
+        buffer.add(obs, following, action, reward, done, infos)
+        for env in range(n_envs):
+            episodes[env].append(
+                (obs[env], action[env], reward[env], following[env], done[env], done[env] and not cut[env])
+            )
+        fresh = rng.normal(size=(n_envs, 2)).astype(np.float32)
+        obs = np.where(done[:, None], fresh, following)
+    return buffer, episodes
+
+
+@pytest.mark.parametrize(("n_envs", "steps"), [(1, 20), (1, 150), (2, 100)])
+def test_windows_equal_what_went_in(n_envs: int, steps: int) -> None:
+    buffer, episodes = fill(n_envs, steps)
+    kept = min(steps, buffer.buffer_size)
+    batch = buffer.sample(200)
+    assert batch.observations.shape == (200, 5, 2)
+    for b, index in enumerate(batch.indices):
+        slot, env = divmod(int(index), n_envs)
+        first = next(t for t in range(steps - kept, steps) if t % buffer.buffer_size == slot)
+        log = episodes[env]
+        length = 0
+        while True:
+            obs, action, reward, following, done, terminated = log[first + length]
+            np.testing.assert_array_equal(batch.observations[b, length], obs)
+            np.testing.assert_array_equal(batch.observations[b, length + 1], following)
+            assert (batch.actions[b, length], batch.rewards[b, length]) == (action, pytest.approx(reward, rel=1e-6))
+            length += 1
+            if done or first + length == steps or length == 4:
+                break
+        assert batch.lengths[b] == length
+        assert batch.terminated[b] == terminated
+        assert batch.ages[b] == (steps - 1 - first) * n_envs
+        assert (batch.rewards[b, length:] == 0).all()
+        assert (batch.observations[b, length:] == following).all()
+
+
+def test_windows_of_image_stacks_are_rebuilt() -> None:
+    env = StackFrames(make_atari_env("Breakout"), 4)
+    assert isinstance(env.observation_space, spaces.Box)
+    plain = SequenceReplayBuffer(60, env.observation_space, env.action_space, "cpu", 1, length=3)
+    frames = SequenceReplayBuffer(60, env.observation_space, env.action_space, "cpu", 1, True, length=3)
+    obs, _ = env.reset(seed=0)
+    for _ in range(50):
+        following, reward, *_ = env.step(env.action_space.sample())
+        for buffer in (plain, frames):
+            buffer.add(obs[None], following[None], np.array([[1]]), np.array([reward]), np.array([False]), [{}])
+        obs = following
+    indices = np.arange(40)
+    one, two = (buffer.windows(indices, np.ones(40, np.float32)) for buffer in (plain, frames))
+    np.testing.assert_array_equal(one.observations, two.observations)
+    assert frames.store.frames.nbytes < plain.store.observations.nbytes / 3  # type: ignore[union-attr]
+
+
+def test_buffer_shorter_than_a_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="Raise buffer_size"):
+        SequenceReplayBuffer(5, spaces.Box(0, 1, (2,)), spaces.Discrete(2), "cpu", length=6)
+
+
+# --- networks and policies
+
+
+def test_running_norm_equals_numpy() -> None:
+    norm, x = RunningNorm(3), th.randn(50, 3) * 4 + 2
+    for part in x.split(10):
+        norm(part)
+    th.testing.assert_close(norm.mean, x.mean(0))
+    th.testing.assert_close(norm.var, x.var(0, unbiased=False))
+    norm.eval()
+    assert norm(x).std(0).tolist() == pytest.approx([1, 1, 1], rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(12, 96, 96), (4, 84, 84), (3, 64, 48), (4, 10, 10)])
+def test_image_network_of_any_size(shape: tuple[int, ...]) -> None:
+    network = CnnNetwork(spaces.Box(0, 255, shape, np.uint8), 3, 3, 51, channels=8, head_size=8, projection_size=16)
+    latent = network.represent(th.randint(255, (2, *shape)))
+    assert latent.shape[2:] == ((6, 6) if shape == (12, 96, 96) else latent.shape[2:])
+    following = network.dynamics(latent, th.eye(3)[:2])
+    assert following.shape == latent.shape
+    assert network.reward(following).abs().max() == 0
+    value, policy = network.predict(following)
+    assert value.shape == (2, 51)
+    assert policy.shape == (2, 3)
+
+
+def test_paper_network_has_the_papers_size() -> None:
+    network = CnnNetwork(spaces.Box(0, 255, (12, 96, 96), np.uint8), 4, 4, 601)
+
+    def size(*modules: th.nn.Module) -> int:
+        return sum(p.numel() for m in modules for p in m.parameters())
+
+    assert size(network.representation) == 318_016
+    assert size(network.trunk, network.value_head, network.policy_head) == pytest.approx(133_149, rel=0.01)
+    assert size(network.projector) == 4_465_664
+    assert size(network.predictor) == pytest.approx(526_080, rel=0.01)
+
+
+def make_policy(action_space: spaces.Space[Any], **kwargs: Any) -> MlpPolicy:
+    return MlpPolicy(spaces.Box(-1, 1, (4,)), action_space, lambda _: 1e-3, num_simulations=8, **kwargs)
+
+
+def randomize(policy: MlpPolicy) -> None:
+    """Heads start at zero: give them something to say."""
+    with th.no_grad():
+        for parameter in policy.parameters():
+            parameter.copy_(th.randn_like(parameter) * 0.2)
+
+
+@pytest.mark.parametrize("actions", [spaces.Discrete(3), spaces.Box(-1, 1, (2,))])
+def test_fast_path_equals_torch(actions: spaces.Space[Any]) -> None:
+    th.manual_seed(0)
+    policy = make_policy(actions)
+    for _ in range(2):  # again after the parameters changed
+        randomize(policy)
+        policy.set_training_mode(False)
+        observations = th.randn(20, 4)
+        fast = policy.roots(observations)
+        with th.no_grad():
+            latent = policy.network.represent(observations)
+            value, logits = policy.network.predict(latent)
+        th.testing.assert_close(th.as_tensor(fast.values), policy.decode(value), rtol=1e-3, atol=1e-3)
+        th.testing.assert_close(th.as_tensor(fast.policy), logits, rtol=1e-4, atol=1e-4)
+        network = policy._fast_network()
+        assert network is not None
+        slots = th.arange(20) % 2
+        if policy.discrete:
+            ours, theirs = network.recurrent(latent.numpy(), slots.numpy()), policy._recurrent(latent, slots)
+            th.testing.assert_close(th.from_numpy(ours.embedding), theirs.embedding, rtol=1e-4, atol=1e-4)
+        else:
+            sampled = th.rand(20, 16, 2)
+            th.manual_seed(1)
+            ours = network.recurrent((latent.numpy(), sampled.numpy()), slots.numpy())
+            th.manual_seed(1)
+            theirs = policy._recurrent((latent, sampled), slots)
+        th.testing.assert_close(th.as_tensor(ours.reward), theirs.reward.detach(), rtol=1e-3, atol=1e-3)
+        th.testing.assert_close(th.as_tensor(ours.value), theirs.value.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_squashed_gaussian_density_integrates_to_one() -> None:
+    policy = th.tensor([[0.3, -0.5], [0.5, -1.5]])
+    grid = th.linspace(-0.9989, 0.9989, 20_001)
+    density = log_prob(policy, grid[None, :, None].expand(2, -1, -1)).exp()
+    assert th.trapezoid(density, grid).tolist() == pytest.approx([1, 1], abs=0.01)
+    th.manual_seed(0)
+    exact = -(density * density.log()).nan_to_num() @ th.full((20_001,), float(grid[1] - grid[0]))
+    assert sampled_entropy(policy, 20_000).tolist() == pytest.approx(exact.tolist(), abs=0.03)
+
+
+def test_broad_sampling_at_the_root() -> None:
+    policy = make_policy(spaces.Box(-1, 1, (1,)))
+    th.manual_seed(0)
+    drawn = th.atanh(policy._sample_roots(th.zeros(4000, 2), noise=True))
+    narrow, broad = drawn[:, :4].std(), drawn[:, 4:].std()
+    assert broad / narrow > 1.8  # three times, but for what the tanh's bound cuts off
+    fixed = policy._sample_roots(th.zeros(2, 2), noise=False)
+    assert (fixed[0] == fixed[1]).all()
+    assert (fixed[:, 0] == 0).all()
+
+
+def test_augmentation() -> None:
+    images = th.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).float()
+    th.manual_seed(0)
+    shifted = random_shift(images, 2)
+    padded = th.nn.functional.pad(images, (2, 2, 2, 2), mode="replicate")
+    for image, origin in zip(shifted, padded, strict=True):
+        assert any(
+            th.equal(image, origin[:, down : down + 8, right : right + 8]) for down in range(5) for right in range(5)
+        )
+    assert th.equal(random_shift(images, 0), images)
+    ratio = random_intensity(images + 1, 0.05) / (images + 1)
+    assert ratio.flatten(1).std(1).max() < 1e-6
+    assert (ratio - 1).abs().max() <= 0.1 + 1e-6
+
+
+# --- the algorithm
+
+
+@pytest.mark.parametrize(("env", "n_envs"), [("CartPole-v1", 1), ("CartPole-v1", 2), ("Pendulum-v1", 1)])
+def test_sb3_contract(env: str, n_envs: int, tmp_path: Path) -> None:
+    venv = make_vec_env(env, n_envs, seed=0)
+    model = EfficientZeroV2("MlpPolicy", venv, seed=0, **SMALL)
+    evaluate = EvalCallback(Monitor(gym.make(env, max_episode_steps=20)), eval_freq=30, n_eval_episodes=1, verbose=0)
+    checkpoints = CheckpointCallback(30, str(tmp_path / "checkpoints"), save_replay_buffer=True)
+    assert model.learn(60, callback=[evaluate, checkpoints]) is model
+    assert model._n_updates > 0
+    observation = venv.observation_space.sample()
+    action, _ = model.predict(observation, deterministic=True)
+    assert venv.action_space.contains(action if action.shape else int(action))
+    model.save(tmp_path / "model")
+    other = EfficientZeroV2.load(tmp_path / "model", env=venv)
+    np.testing.assert_array_equal(action, other.predict(observation, deterministic=True)[0])
+    for a, b in zip(model.policy_target.parameters(), other.policy_target.parameters(), strict=True):
+        assert th.equal(a, b)
+    model.save_replay_buffer(tmp_path / "replay")
+    other.load_replay_buffer(tmp_path / "replay")
+    other.learn(20, reset_num_timesteps=False)
+    assert other.num_timesteps == 60 + 20
+    other.train(gradient_steps=2, batch_size=4)
+    assert (tmp_path / "checkpoints" / f"rl_model_replay_buffer_{30 * n_envs}_steps.pkl").exists()
+    # a batch of observations equals them one by one
+    batch = np.stack([venv.observation_space.sample() for _ in range(5)])
+    together, _ = model.predict(batch, deterministic=True)
+    alone = [model.predict(row, deterministic=True)[0] for row in batch]
+    np.testing.assert_allclose(together, np.stack(alone), atol=1e-5)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_seeds_are_bit_identical(env: str) -> None:
+    models = [EfficientZeroV2("MlpPolicy", env, seed=3, **SMALL).learn(60) for _ in range(2)]
+    for a, b in zip(*(m.policy.state_dict().values() for m in models), strict=True):
+        assert th.equal(a, b)
+
+
+def test_images() -> None:
+    def make() -> gym.Env[Any, Any]:
+        return Monitor(StackFrames(make_atari_env("Breakout"), 4))
+
+    env = DummyVecEnv([make, make])
+    settings = {**SMALL, "policy_kwargs": TINY_CNN}
+    model = EfficientZeroV2("CnnPolicy", env, seed=0, optimize_memory_usage=True, **settings).learn(30)
+    assert model.image_shift == 4
+    action, _ = model.predict(env.reset(), deterministic=True)
+    assert action.shape == (2,)
+    assert model._n_updates > 0
+
+
+def test_an_update_by_value_target() -> None:
+    found = {}
+    for kind in ("n_step", "search", "mixed"):
+        model = EfficientZeroV2(
+            "MlpPolicy", "CartPole-v1", seed=0, value_target=kind, mixed_start=0, mixed_threshold=10, **SMALL
+        )
+        model.learn(21)
+        assert isinstance(model.replay_buffer, SequenceReplayBuffer)
+        assert model.replay_buffer.length == (5 if kind == "search" else 10)
+        batch = model.replay_buffer.windows(np.arange(16), np.ones(16, np.float32))
+        th.manual_seed(0)
+        found[kind] = (model.reanalyze(batch).values, batch.ages)
+    ages = found["mixed"][1]
+    assert 0 < (ages > 10).sum() < len(ages)
+
+
+def test_terminal_places_are_worth_nothing() -> None:
+    model = EfficientZeroV2("MlpPolicy", "CartPole-v1", seed=0, **{**SMALL, "learning_starts": 100}).learn(100)
+    randomize(model.policy_target)  # type: ignore[arg-type]
+    assert isinstance(model.replay_buffer, SequenceReplayBuffer)
+    batch = model.replay_buffer.windows(np.arange(80), np.ones(80, np.float32))
+    values = model.reanalyze(batch).values.numpy()
+    over = (np.arange(6) >= batch.lengths[:, None]) & batch.terminated[:, None]
+    assert over.any()
+    assert (values[over] == 0).all()
+    assert (values[~over] != 0).all()
+
+
+def test_importance_weights_reach_the_gradient() -> None:
+    def step(weight: float) -> th.Tensor:
+        model = EfficientZeroV2("MlpPolicy", "CartPole-v1", seed=0, **SMALL).learn(20)
+        assert isinstance(model.replay_buffer, SequenceReplayBuffer)
+        weights = np.array([1, 1, 1, weight], np.float32)
+        batch = model.replay_buffer.windows(np.arange(4), weights)
+        model.replay_buffer.sample = lambda *_, **__: batch  # type: ignore[method-assign]
+        before = th.nn.utils.parameters_to_vector(model.policy.parameters()).detach().clone()
+        model.train(1, 4)
+        return th.nn.utils.parameters_to_vector(model.policy.parameters()) - before
+
+    assert not th.equal(step(1.0), step(0.1))
+    assert th.equal(step(1.0), step(1.0))
+
+
+def test_policy_alone() -> None:
+    for env in ("CartPole-v1", "Pendulum-v1"):
+        model = EfficientZeroV2("MlpPolicy", env, seed=0, **SMALL)
+        randomize(model.policy)  # type: ignore[arg-type]
+        model.policy.search = False
+        observation = model.observation_space.sample()
+        action, _ = model.predict(observation, deterministic=True)
+        wanted = model.policy.roots(th.from_numpy(observation)[None]).policy[0]
+        if env == "CartPole-v1":
+            assert action == wanted.argmax()
+        else:
+            mean = 5 * np.tanh(wanted[0] / 5)
+            assert action == pytest.approx(2 * np.tanh(mean), rel=1e-4)
+
+
+def test_policy_is_saved_and_loaded_alone(tmp_path: Path) -> None:
+    policy = make_policy(spaces.Discrete(3))
+    randomize(policy)
+    policy.save(str(tmp_path / "policy"))
+    other = MlpPolicy.load(str(tmp_path / "policy"))
+    observation = np.ones(4, np.float32)
+    np.testing.assert_array_equal(
+        policy.predict(observation, deterministic=True)[0], other.predict(observation, deterministic=True)[0]
+    )
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_explain(env: str, tmp_path: Path) -> None:
+    model = EfficientZeroV2("MlpPolicy", env, seed=0, **SMALL)
+    randomize(model.policy)  # type: ignore[arg-type]
+    observation = model.observation_space.sample()
+    found = model.explain(observation)
+    np.testing.assert_array_equal(found.action, model.predict(observation, deterministic=True)[0])
+    assert found.visits.sum() == 4
+    assert found.improved_policy.sum() == pytest.approx(1)
+    assert found.visits[found.principal_line[0]] == found.visits.max()
+    if found.samples is not None:
+        assert all(model.action_space.contains(sample) for sample in found.samples)
+    assert f"value {found.root_value:.2f}" in str(found)
+    found.draw(tmp_path / "tree.png")
+    assert (tmp_path / "tree.png").stat().st_size > 1000
+    state = th.random.get_rng_state()
+    model.explain(observation)
+    assert th.equal(state, th.random.get_rng_state())
+    with pytest.raises(ValueError, match="a batch of 2"):
+        model.explain(np.stack([observation] * 2))
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_simulations": 0}, "num_simulations must be at least 1"),
+        ({"max_num_considered_actions": 0}, "max_num_considered_actions must be at least 1"),
+        ({"max_num_considered_actions": 3}, "a root has 2 actions"),
+        ({"value_target": "best"}, "mixed, n_step, search"),
+        ({"unroll_steps": 0}, "unroll_steps must be at least 1"),
+        ({"policy": "CnnPolicy"}, "CnnPolicy needs images"),
+        ({"buffer_size": 5}, "Raise buffer_size"),
+    ],
+)
+def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
+    settings: dict[str, Any] = {"policy": "MlpPolicy", "env": "CartPole-v1", "device": "cpu", **kwargs}
+    with pytest.raises(ValueError, match=message):
+        EfficientZeroV2(**settings)
+
+
+class Strange(gym.Env[Any, Any]):
+    def __init__(self, observations: spaces.Space[Any], actions: spaces.Space[Any]) -> None:
+        self.observation_space, self.action_space = observations, actions
+
+
+@pytest.mark.parametrize(
+    ("observations", "actions", "message"),
+    [
+        (spaces.Dict({"a": spaces.Box(0, 1, (2,))}), spaces.Discrete(2), "needs Box observations"),
+        (spaces.Box(0, 1, (2,)), spaces.MultiDiscrete([2, 2]), "needs Discrete or Box actions"),
+        (spaces.Box(0, 1, (2,)), spaces.Box(-np.inf, np.inf, (2,)), "must have a finite lower and upper bound"),
+    ],
+)
+def test_unsupported_spaces(observations: Any, actions: Any, message: str) -> None:
+    env = DummyVecEnv([lambda: Strange(observations, actions)])
+    with pytest.raises((ValueError, AssertionError), match=message):
+        EfficientZeroV2(MlpPolicy, env, device="cpu")
+
+
+def test_small_images_are_refused() -> None:
+    env = DummyVecEnv([lambda: Strange(spaces.Box(0, 255, (3, 3, 3), np.uint8), spaces.Discrete(2))])
+    with pytest.raises(ValueError, match="too small"):
+        EfficientZeroV2("CnnPolicy", env, device="cpu")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
+    model = EfficientZeroV2("MlpPolicy", "CartPole-v1", seed=0, **SMALL).learn(30)
+    assert isinstance(model.replay_buffer, SequenceReplayBuffer)
+    model.replay_buffer.rewards[:] = np.inf
+    before = [p.clone() for p in model.policy.parameters()]
+    with pytest.raises(FloatingPointError, match="value_target of update 10 is not finite"):
+        model.train(1, 8)
+    assert all(th.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("env", "steps", "mark"), [("CartPole-v1", 2500, 195), ("Pendulum-v1", 4000, -300)])
+def test_it_learns(env: str, steps: int, mark: float) -> None:
+    scores = []
+    for seed in range(3):
+        gamma = 0.98 if env == "Pendulum-v1" else 0.997
+        model = EfficientZeroV2("MlpPolicy", env, seed=seed, gamma=gamma, device="cpu").learn(steps)
+        scores.append(evaluate_policy(model, make_vec_env(env, 10, seed=1000), 20)[0])
+    assert sorted(scores)[1] >= mark

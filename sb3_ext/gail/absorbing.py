@@ -28,7 +28,7 @@ class AbsorbingStates:
 
     Where the expert never ends, an end is as unlike it as can be, however rarely the agent ends. A smoothed
     log(p_E / p_G) would fade with the agent's last ends and leap back with the next one, by tens of rewards in every
-    state's value; so the logit stays at its bound, where "-log(1-D)" takes nothing from the reward.
+    state's value; so the logit stays at its bound, where "-log(1-D)" takes next to nothing from the reward.
 
     :param gamma: discount factor
     :param n_expert: steps of the demonstrations

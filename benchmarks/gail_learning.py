@@ -60,8 +60,8 @@ STUDY: dict[str, dict[str, Any]] = {
     **{f"gail-{short}-plain": {"reward": form, "absorbing": False} for short, form in FORMS.items()},
 }
 """Other reward forms, and all of them without absorbing states."""
-OURS: dict[str, Any] = {"n_steps": 128}
-"""One setting for all tasks: the defaults, with eight environments."""
+OURS: dict[str, Any] = {"n_steps": 128, "learning_rate": "lin_1e-3"}
+"""One setting for all tasks: the defaults with eight environments, and PPO's learning rate linear to 0."""
 CONSTANT = {"reward": th.ones_like, "absorbing": False, "n_disc_updates": 0}
 VISUAL: dict[str, Any] = {
     "policy_kwargs": {"features_extractor_class": SmallCNN, "net_arch": []},

@@ -177,7 +177,11 @@ def test_absorbing_states_by_hand() -> None:
     assert absorbing == pytest.approx(np.log(0.181 / 0.451))
     assert other == pytest.approx(np.log(0.821 / 0.551))
     assert states.update(share, 100, 0) == pytest.approx(0.8 * 0.45)
-    assert AbsorbingStates(0.9, 100, 0).logits(0.9)[0] == -LOGIT_CLIP
+    for rarely in (0.9, 1e-4, 0.0):  # the expert never ends: no leaps with the agent's last ends
+        absorbing, other = AbsorbingStates(0.9, 100, 0).logits(rarely)
+        assert absorbing == -LOGIT_CLIP
+        assert other == pytest.approx(np.log(1.001 / (1.001 - rarely)))
+    assert AbsorbingStates(0.9, 10, 5).logits(0.0)[0] == LOGIT_CLIP
     with pytest.raises(ValueError, match="absorbing=False"):
         AbsorbingStates(1.0, 1, 1)
 
@@ -319,6 +323,30 @@ def test_gradient_penalty_pulls_gradients_towards_one(expert: minari.MinariDatas
         return float((th.cat(gradient, 1).norm(dim=1) - 1).square().mean())
 
     assert slope(10.0) < 0.2 * slope(0.0)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_rarer_penalty_weighs_as_much_more(expert: minari.MinariDataset, at_once: int) -> None:
+    space = CARTPOLE.observation_space, CARTPOLE.action_space
+    data = Demonstrations(expert, *space).get(th.arange(256))
+    e, g = (tuple(part[half] for part in data) for half in (slice(128), slice(128, 256)))
+
+    def discriminator(penalty: float, every: int) -> Discriminator:
+        th.manual_seed(0)
+        net = make_reward_net(*space, None, {}, False)
+        return Discriminator(*space, net, 1e-2, penalty, th.device("cpu"), every)
+
+    lazy, by_hand = discriminator(2.0, 3), discriminator(0.0, 1)
+    th.manual_seed(1)
+    for start in range(0, 128, 32 * at_once):
+        rows = slice(start, start + 32 * at_once)
+        lazy.train(tuple(p[rows] for p in e), tuple(p[rows] for p in g), None, at_once)  # type: ignore[arg-type]
+    th.manual_seed(1)
+    for step in range(4):
+        by_hand.penalty = [6.0, 0.0, 0.0, 6.0][step]
+        rows = slice(32 * step, 32 * step + 32)
+        by_hand.train(tuple(p[rows] for p in e), tuple(p[rows] for p in g))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(parameters(lazy.net), parameters(by_hand.net))
 
 
 def test_past_rollouts_are_replayed(expert: minari.MinariDataset) -> None:
@@ -487,7 +515,8 @@ def test_signature_is_ppos_and_more() -> None:
     ours, theirs = (list(inspect.signature(cls.__init__).parameters) for cls in (GAIL, PPO))
     added = {
         "demonstrations", "reward", "absorbing", "reward_net_class", "reward_net_kwargs", "disc_learning_rate",
-        "disc_batch_size", "n_disc_updates", "gradient_penalty", "spectral_norm", "replay_rollouts", "bc_epochs",
+        "disc_batch_size", "n_disc_updates", "gradient_penalty", "penalty_every", "spectral_norm", "replay_rollouts",
+        "bc_epochs",
     }  # fmt: skip
     assert [p for p in ours if p not in added] == theirs
     assert set(ours) - set(theirs) == added
@@ -687,6 +716,7 @@ def test_too_few_transitions(expert: minari.MinariDataset) -> None:
         ({"disc_batch_size": 0}, "disc_batch_size must be at least 1"),
         ({"replay_rollouts": 0}, "replay_rollouts must be at least 1"),
         ({"gradient_penalty": -0.1}, "gradient_penalty must be at least 0"),
+        ({"penalty_every": 0}, "penalty_every must be at least 1"),
         ({"gamma": 1.0}, "absorbing=False"),
     ],
 )

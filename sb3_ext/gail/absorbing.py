@@ -26,6 +26,10 @@ class AbsorbingStates:
     no preference and leaves 0 for what lies behind the end, which is what PPO assumes. A bonus at the end would say the
     same, but drown the differences between steps in the value function's errors.
 
+    Where the expert never ends, an end is as unlike it as can be, however rarely the agent ends. A smoothed
+    log(p_E / p_G) would fade with the agent's last ends and leap back with the next one, by tens of rewards in every
+    state's value; so the logit stays at its bound, where "-log(1-D)" takes next to nothing from the reward.
+
     :param gamma: discount factor
     :param n_expert: steps of the demonstrations
     :param n_expert_ends: how many of them ended the task
@@ -62,6 +66,8 @@ class AbsorbingStates:
         :return: both; the first within +-``LOGIT_CLIP``
         """
         e = self.SMALLEST
-        absorbing = math.log((self.expert_share + e) / (generator_share + e))
         other = math.log((1 - self.expert_share + e) / (1 - generator_share + e))
+        if self.expert_share == 0:
+            return -LOGIT_CLIP, other
+        absorbing = math.log((self.expert_share + e) / (generator_share + e))
         return max(-LOGIT_CLIP, min(LOGIT_CLIP, absorbing)), other

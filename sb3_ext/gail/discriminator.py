@@ -92,6 +92,7 @@ class Discriminator:
     :param net: the network, see :func:`make_reward_net`
     :param learning_rate: of Adam; a float or a schedule
     :param penalty: weight of the gradient penalty, 0 for none
+    :param penalty_every: steps from one penalty to the next; each weighs as many times as much
     :param device: of the network
     """
 
@@ -103,9 +104,11 @@ class Discriminator:
         learning_rate: float | Schedule,
         penalty: float,
         device: th.device,
+        penalty_every: int = 1,
     ) -> None:
         self.observation_space, self.action_space = observation_space, action_space
         self.net, self.penalty, self.device = net.to(device).eval(), penalty, device
+        self.penalty_every, self._steps = penalty_every, 0
         self._schedule = FloatSchedule(learning_rate)
         self.optimizer = th.optim.Adam(self.net.parameters(), lr=self._schedule(1.0), fused=True)
         self._modules = list(self.net.modules())
@@ -158,8 +161,9 @@ class Discriminator:
                 logits = logits - th.cat([log_probs[0][rows], log_probs[1][rows]])
             loss = F.binary_cross_entropy_with_logits(logits, labels)
             self._last = (logits.detach(), labels, loss.detach())
-            if self.penalty:
-                loss = loss + self.penalty * self._gradient_penalty(now_e, now_g).mean()
+            if self.penalty and self._steps % self.penalty_every == 0:
+                loss = loss + self.penalty * self.penalty_every * self._gradient_penalty(now_e, now_g).mean()
+            self._steps += 1
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()

@@ -76,6 +76,8 @@ class GAIL(PPO):
     :param n_disc_updates: discriminator steps per rollout. More: a sharper reward
     :param gradient_penalty: weight of the gradient penalty on the discriminator. Higher: a smoother reward between
         expert and agent, which makes training steadier; 0 for none
+    :param penalty_every: take it at every so many discriminator steps only, and as many times as heavy (Karras et al.,
+        2020, section 3.1). Higher: cheaper, less steady
     :param spectral_norm: spectral normalisation of the discriminator's layers
     :param replay_rollouts: how many rollouts the agent's transitions are drawn from, the last included
     :param bc_epochs: passes over the demonstrations of behaviour cloning before the first rollout
@@ -121,6 +123,7 @@ class GAIL(PPO):
         disc_batch_size: int = 512,
         n_disc_updates: int = 16,
         gradient_penalty: float = 1.0,
+        penalty_every: int = 2,
         spectral_norm: bool = False,
         replay_rollouts: int = 1,
         bc_epochs: int = 0,
@@ -137,6 +140,7 @@ class GAIL(PPO):
             ("disc_batch_size", disc_batch_size, 1),
             ("n_disc_updates", n_disc_updates, 0),
             ("gradient_penalty", gradient_penalty, 0),
+            ("penalty_every", penalty_every, 1),
             ("replay_rollouts", replay_rollouts, 1),
             ("bc_epochs", bc_epochs, 0),
         ):
@@ -146,7 +150,7 @@ class GAIL(PPO):
         self.reward_net_class, self.reward_net_kwargs = reward_net_class, reward_net_kwargs or {}
         self.disc_learning_rate, self.disc_batch_size = disc_learning_rate, disc_batch_size
         self.n_disc_updates, self.gradient_penalty, self.spectral_norm = n_disc_updates, gradient_penalty, spectral_norm
-        self.replay_rollouts, self.bc_epochs = replay_rollouts, bc_epochs
+        self.penalty_every, self.replay_rollouts, self.bc_epochs = penalty_every, replay_rollouts, bc_epochs
         self._demonstrations: Demonstrations | None = None
         self._generator_share: float | None = None
         super().__init__(
@@ -211,7 +215,13 @@ class GAIL(PPO):
             self.spectral_norm,
         )
         self.discriminator = Discriminator(
-            self.observation_space, self.action_space, net, self.disc_learning_rate, self.gradient_penalty, self.device
+            self.observation_space,
+            self.action_space,
+            net,
+            self.disc_learning_rate,
+            self.gradient_penalty,
+            self.device,
+            self.penalty_every,
         )
         self._reward_form = reward_form(self.reward)
         self._past: deque[tuple[th.Tensor, ...]] = deque(maxlen=self.replay_rollouts)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import minari
 import numpy as np
 import pytest
 import torch as th
@@ -27,7 +28,7 @@ from sb3_ext.common.losses import (
     value_transform,
 )
 from sb3_ext.common.sequences import SequenceReplayBuffer
-from sb3_ext.data import StackFrames, make_atari_env
+from sb3_ext.data import DatasetError, StackFrames, make_atari_env, record
 from sb3_ext.efficientzero.augment import random_intensity, random_shift
 from sb3_ext.efficientzero.gaussian import log_prob, sampled_entropy
 from sb3_ext.efficientzero.networks import CnnNetwork, RunningNorm
@@ -190,11 +191,6 @@ def test_windows_of_image_stacks_are_rebuilt() -> None:
     one, two = (buffer.windows(indices, np.ones(40, np.float32)) for buffer in (plain, frames))
     np.testing.assert_array_equal(one.observations, two.observations)
     assert frames.store.frames.nbytes < plain.store.observations.nbytes / 3  # type: ignore[union-attr]
-
-
-def test_buffer_shorter_than_a_window_is_refused() -> None:
-    with pytest.raises(ValueError, match="Raise buffer_size"):
-        SequenceReplayBuffer(5, spaces.Box(0, 1, (2,)), spaces.Discrete(2), "cpu", length=6)
 
 
 # --- networks and policies
@@ -434,6 +430,54 @@ def test_policy_is_saved_and_loaded_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_pretraining_on_a_dataset(env: str) -> None:
+    dataset = record(None, gym.make(env, max_episode_steps=60), "ez/data-v0", n_episodes=4)
+    model = EfficientZeroV2("MlpPolicy", env, seed=0, **SMALL)
+    assert model.pretrain(dataset, 3) is model
+    assert model._n_updates == 3
+    assert isinstance(model.replay_buffer, SequenceReplayBuffer)
+    first = next(iter(dataset.iterate_episodes()))
+    steps = len(first.rewards)
+    batch = model.replay_buffer.windows(np.array([0, steps - 1]), np.ones(2, np.float32))
+    np.testing.assert_allclose(batch.observations[0, :10], first.observations[:10], rtol=1e-6)
+    np.testing.assert_allclose(batch.rewards[0], first.rewards[:10], rtol=1e-6)
+    scale = 2.0 if env == "Pendulum-v1" else 1.0
+    np.testing.assert_allclose(
+        batch.actions[0].reshape(-1) * scale, np.asarray(first.actions[:10]).reshape(-1), rtol=1e-5
+    )
+    assert batch.lengths[1] == 1
+    assert batch.terminated[1] == first.terminations[-1]
+    model.learn(30)
+    with pytest.raises(DatasetError, match="room for"):
+        model.pretrain(dataset, 1) if env == "Pendulum-v1" else EfficientZeroV2(
+            "MlpPolicy", env, **{**SMALL, "buffer_size": 20}
+        ).pretrain(dataset, 1)
+
+
+def test_datasets_that_do_not_fit_are_refused(cartpole: minari.MinariDataset, breakout: minari.MinariDataset) -> None:
+    model = EfficientZeroV2("MlpPolicy", "Pendulum-v1", seed=0, **SMALL)
+    with pytest.raises(DatasetError, match="another environment"):
+        model.pretrain(cartpole, 1)
+    assert model.replay_buffer is not None
+    assert model.replay_buffer.size() == 0
+    two = EfficientZeroV2("MlpPolicy", make_vec_env("CartPole-v1", 2), seed=0, **SMALL)
+    with pytest.raises(ValueError, match="one environment only, there are 2"):
+        two.pretrain(cartpole, 1)
+
+
+def test_recorded_frames_are_stacked_as_the_agent_sees_them(breakout: minari.MinariDataset) -> None:
+    env = Monitor(StackFrames(make_atari_env("Breakout"), 4))
+    model = EfficientZeroV2("CnnPolicy", env, seed=0, **{**SMALL, "policy_kwargs": TINY_CNN, "buffer_size": 1000},
+                            optimize_memory_usage=True)  # fmt: skip
+    model.pretrain(breakout, 1)
+    assert isinstance(model.replay_buffer, SequenceReplayBuffer)
+    frames = next(iter(breakout.iterate_episodes())).observations
+    seen = model.replay_buffer.windows(np.array([0, 10]), np.ones(2, np.float32)).observations
+    np.testing.assert_array_equal(seen[1, 0], frames[7:11])
+    np.testing.assert_array_equal(seen[0, 1], np.stack([frames[0] * 0, frames[0] * 0, frames[0], frames[1]]))
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_explain(env: str, tmp_path: Path) -> None:
     model = EfficientZeroV2("MlpPolicy", env, seed=0, **SMALL)
     randomize(model.policy)  # type: ignore[arg-type]
@@ -467,7 +511,7 @@ def test_explain(env: str, tmp_path: Path) -> None:
         ({"value_target": "best"}, "mixed, n_step, search"),
         ({"unroll_steps": 0}, "unroll_steps must be at least 1"),
         ({"policy": "CnnPolicy"}, "CnnPolicy needs images"),
-        ({"buffer_size": 5}, "Raise buffer_size"),
+        ({"buffer_size": 5}, "Windows have 10 transitions, buffer_size is 5"),
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:

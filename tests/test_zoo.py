@@ -21,7 +21,7 @@ from gymnasium import spaces
 from minari.dataset.minari_storage import MinariStorage
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_ext import BC, CQL, DQN, PrioritizedReplayBuffer, record
+from sb3_ext import BC, CQL, DQN, EfficientZeroV2, PrioritizedReplayBuffer, record
 from sb3_ext.data import make_atari_env
 from sb3_ext.zoo.config import Algo, ZooError, known_algos, load_algo, parse_overrides, read_entries, resolve
 from sb3_ext.zoo.main import build_parser, main
@@ -537,3 +537,23 @@ def test_gail_mistakes(
     assert main(["train", "--algo", "gail", "-f", str(tmp_path), *words]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.zip"))
+
+
+def test_efficientzero_trains_resumes_and_plays(here: Path) -> None:
+    small = ("-params", "num_simulations:2", "batch_size:4", "learning_starts:20")
+    start = ["--algo", "efficientzero", "--env", "CartPole-v1", "--device", "cpu"]
+    assert main(["train", *start, "--seed", "0", "-n", "40", "--save-replay-buffer", *small]) == 0
+    assert main(["train", *start, "-n", "60", "--resume", *small]) == 0
+    assert main(["enjoy", *start, "-n", "10"]) == 0
+
+
+def test_efficientzero_has_the_papers_setting_for_atari(here: Path) -> None:
+    sizes = "{channels: 4, head_channels: 4, head_size: 8, projection_size: 8}"
+    tiny = f"policy_kwargs:{{optimizer_class: SGD, network_kwargs: {sizes}}}"
+    small = ("-params", "num_simulations:2", "batch_size:4", "learning_starts:12", "buffer_size:200", "n_envs:2", tiny)
+    start = ["--algo", "efficientzero", "--env", "ALE/Breakout-v5", "--device", "cpu"]
+    assert main(["train", *start, "--seed", "0", "-n", "20", *small]) == 0
+    run = here / "logs" / "efficientzero" / "ALE-Breakout-v5_1"
+    model = EfficientZeroV2.load(run / "ALE-Breakout-v5.zip", device="cpu")
+    assert isinstance(model.policy.optimizer, th.optim.SGD)
+    assert (model.mixed_start, model.optimize_memory_usage, model._n_updates) == (30_000, True, 8)

@@ -51,7 +51,7 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
     :param length: transitions per window, L
     :param min_weight: smallest importance weight, so that no sample is all but ignored
     :param kwargs: priorities, see :class:`~sb3_ext.common.prioritized.PrioritizedReplayBuffer`
-    :raises ValueError: if the buffer is shorter than a window
+    :raises ValueError: if ``length`` is less than 1
     """
 
     def __init__(
@@ -68,11 +68,8 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
         **kwargs: Any,
     ) -> None:
         super().__init__(buffer_size, observation_space, action_space, device, n_envs, optimize_memory_usage, **kwargs)
-        if length < 1 or length > self.buffer_size:
-            raise ValueError(
-                f"Windows of {length} transitions need a buffer of at least {length * n_envs}; it holds {buffer_size}. "
-                "Raise buffer_size."
-            )
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}.")
         self.length, self.min_weight = length, min_weight
         # sequences must be told apart at every step, also without n-step returns
         self._watch = True

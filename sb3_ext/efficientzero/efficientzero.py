@@ -11,14 +11,17 @@ from numpy.typing import NDArray
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import configure_logger
 
 from sb3_ext.common.losses import cross_entropy, negative_cosine
 from sb3_ext.common.sequences import SequenceReplayBuffer, SequenceSamples
 from sb3_ext.common.training import LossOutput, MetricMeans, train_weighted
 from sb3_ext.common.weighted import WeightedMixin
+from sb3_ext.data.minari import DatasetLike
 from sb3_ext.efficientzero.augment import random_intensity, random_shift
 from sb3_ext.efficientzero.explain import Explanation, explain
 from sb3_ext.efficientzero.gaussian import log_prob, sampled_entropy
+from sb3_ext.efficientzero.offline import fill_replay_buffer
 from sb3_ext.efficientzero.policies import CnnPolicy, EfficientZeroPolicy, MlpPolicy
 from sb3_ext.efficientzero.reanalysis import Targets, reanalyze
 from sb3_ext.efficientzero.targets import masks
@@ -55,8 +58,8 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
     :param num_sampled_actions: continuous control: actions sampled at the root
     :param value_target: ``"n_step"``: n-step returns; ``"search"``: search-based values; ``"mixed"``: the first until
         ``mixed_start``, then the second for windows older than ``mixed_threshold``
-    :param mixed_start: updates before search-based values are trusted
-    :param mixed_threshold: environment steps after which a window is too old for n-step returns
+    :param mixed_start: updates before search-based values are trusted; the paper has 30,000 on Atari
+    :param mixed_threshold: environment steps after which a window is too old for n-step returns; the paper: 5,000
     :param target_update_interval: updates between copies of the network to the one that reanalysis uses
     :param reward_coef: weight of the reward loss
     :param value_coef: weight of the value loss; lower protects the representation from noisy values
@@ -100,8 +103,8 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
         max_num_considered_actions: int | None = None,
         num_sampled_actions: int = 16,
         value_target: str = "mixed",
-        mixed_start: int = 30_000,
-        mixed_threshold: int = 5_000,
+        mixed_start: int = 500,
+        mixed_threshold: int = 500,
         target_update_interval: int = 100,
         reward_coef: float = 1.0,
         value_coef: float = 0.25,
@@ -131,6 +134,10 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
             raise ValueError(f"max_num_considered_actions must be at least 1, got {max_num_considered_actions}.")
         if value_target not in VALUE_TARGETS:
             raise ValueError(f"value_target must be one of {', '.join(VALUE_TARGETS)}, not {value_target!r}.")
+        if buffer_size < unroll_steps + n_steps:
+            raise ValueError(
+                f"Windows have {unroll_steps + n_steps} transitions, buffer_size is {buffer_size}. Raise it."
+            )
         super().__init__(
             policy,
             env,
@@ -324,6 +331,25 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
             logs = policy.detach().log_softmax(1)
             return -(logs.exp() * logs).sum(1)
         return sampled_entropy(policy)
+
+    def pretrain(self, dataset: DatasetLike, gradient_steps: int) -> Self:
+        """
+        Put a Minari dataset into the replay buffer and learn from it by reanalysis, before :meth:`learn` or instead.
+
+        ``learn`` then begins with random steps as long as ``learning_starts`` says; set that to 0 to go on at once.
+
+        :param dataset: a ``MinariDataset``, an id or a path; of this environment
+        :param gradient_steps: updates
+        :return: self
+        :raises DatasetError: if it is damaged, of other spaces, or larger than the buffer; nothing is added then
+        :raises ValueError: if there are several environments
+        """
+        assert isinstance(self.replay_buffer, SequenceReplayBuffer)
+        fill_replay_buffer(self.replay_buffer, dataset)
+        if not self._custom_logger and not hasattr(self, "_logger"):
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, "pretrain")
+        self.train(gradient_steps, self.batch_size)
+        return self
 
     def explain(self, observation: NDArray[Any], deterministic: bool = True) -> Explanation:
         """

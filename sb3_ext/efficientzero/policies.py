@@ -24,6 +24,7 @@ from sb3_ext.efficientzero.search import RecurrentOutput, SearchOutput, gumbel_s
 INNER_ACTIONS = 2
 """Sampled actions per node below the root, continuous control."""
 _EPS = 1e-3
+_CHUNK = 512
 
 
 class Roots(NamedTuple):
@@ -185,7 +186,8 @@ class EfficientZeroPolicy(BasePolicy):
             return self._roots(observations)
 
     def _roots(self, observations: th.Tensor) -> Roots:
-        latent = self.network.represent(observations)
+        # in parts, because the first layers of images take much memory
+        latent = th.cat([self.network.represent(part) for part in th.split(observations, _CHUNK)])
         fast = self._fast_network()
         if fast is not None:
             return fast.roots(latent.numpy())

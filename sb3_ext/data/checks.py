@@ -35,6 +35,22 @@ class CheckedEpisode:
     terminated: bool
 
 
+def same_actions(theirs: spaces.Space[Any], ours: spaces.Space[Any]) -> bool:
+    """
+    Tell whether two action spaces mean the same; bounds may differ by rounding.
+
+    :param theirs: the dataset's
+    :param ours: the environment's
+    :return: whether they do
+    """
+    if isinstance(theirs, spaces.Discrete) and isinstance(ours, spaces.Discrete):
+        return bool(theirs.n == ours.n)
+    if isinstance(theirs, spaces.Box) and isinstance(ours, spaces.Box):
+        same = theirs.shape == ours.shape
+        return same and np.allclose(theirs.low, ours.low) and np.allclose(theirs.high, ours.high)
+    return False
+
+
 def check_spaces(
     observation_space: spaces.Space[Any], action_space: spaces.Space[Any], name: str, continuous: bool = False
 ) -> tuple[spaces.Box, ActionSpace]:

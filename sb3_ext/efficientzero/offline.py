@@ -9,7 +9,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from sb3_ext.common.sequences import SequenceReplayBuffer
-from sb3_ext.data.checks import DatasetError
+from sb3_ext.data.checks import DatasetError, same_actions
 from sb3_ext.data.envs import is_frame_space, to_channel_first
 from sb3_ext.data.minari import DatasetLike
 from sb3_ext.data.source import Source, open_source
@@ -75,18 +75,12 @@ def _stack(source: Source, buffer: SequenceReplayBuffer) -> int:
             f"{source.name} is of another environment, or recorded through other wrappers: its observations have shape "
             f"{theirs.shape}, the model's {ours.shape}."
         )
-    if not _same_actions(source.action_space, buffer.action_space):
+    if not same_actions(source.action_space, buffer.action_space):
         raise DatasetError(
             f"{source.name} is of another environment: its actions are {source.action_space}, the model's "
             f"{buffer.action_space}."
         )
     return ours.shape[0] // shape[0] if images else 1
-
-
-def _same_actions(theirs: spaces.Space[Any], ours: spaces.Space[Any]) -> bool:
-    if isinstance(theirs, spaces.Box) and isinstance(ours, spaces.Box):
-        return theirs.shape == ours.shape and np.allclose(theirs.low, ours.low) and np.allclose(theirs.high, ours.high)
-    return theirs == ours
 
 
 def _stacked(frames: NDArray[Any], stack: int) -> NDArray[Any]:

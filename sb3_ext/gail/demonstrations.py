@@ -20,7 +20,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_ext.data import DatasetError, Episode
-from sb3_ext.data.checks import check_actions, check_observations
+from sb3_ext.data.checks import check_actions, check_observations, same_actions
 from sb3_ext.data.envs import is_frame_space, to_channel_first
 from sb3_ext.data.source import DatasetLike, env_spec, open_source
 
@@ -206,7 +206,7 @@ def _read_minari(
 ) -> tuple[str, list[Demonstration], spaces.Space[Any]]:
     source = open_source(dataset, continuous=True)
     source.warn_if_lossy()
-    if not _same_actions(source.action_space, action_space):
+    if not same_actions(source.action_space, action_space):
         raise DatasetError(
             f"{source.name} is of another environment: its actions are {source.action_space}, those of the environment "
             f"to train in {action_space}."
@@ -296,14 +296,6 @@ def _check(
         observations = check_observations(d.observations, observation_space, where)
         checked.append(Demonstration(observations, check_actions(d.actions, action_space, where), d.terminated))
     return checked
-
-
-def _same_actions(theirs: spaces.Space[Any], ours: spaces.Space[Any]) -> bool:
-    if isinstance(theirs, spaces.Discrete) or isinstance(ours, spaces.Discrete):
-        return isinstance(theirs, spaces.Discrete) and isinstance(ours, spaces.Discrete) and theirs.n == ours.n
-    assert isinstance(theirs, spaces.Box)
-    same = isinstance(ours, spaces.Box) and theirs.shape == ours.shape
-    return same and np.allclose(theirs.low, ours.low) and np.allclose(theirs.high, ours.high)  # type: ignore[attr-defined]
 
 
 def _fit(

@@ -40,7 +40,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "marks": (200, 475), "settings": {},
     },
     "pendulum": {
-        "env": "Pendulum-v1", "policy": "MlpPolicy", "steps": 6_000, "eval_every": 500, "episodes": 20,
+        "env": "Pendulum-v1", "policy": "MlpPolicy", "steps": 4_000, "eval_every": 500, "episodes": 20,
         "marks": (-300, -200), "settings": {"gamma": 0.98},
     },
     "minatar": {

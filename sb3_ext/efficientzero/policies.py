@@ -194,15 +194,12 @@ class EfficientZeroPolicy(BasePolicy):
         value, policy = self.network.predict(latent)
         return Roots(latent, self.decode(value), policy.float())
 
-    def plan(
-        self, roots: Roots, noise: bool, legal: NDArray[np.bool_] | None = None
-    ) -> tuple[SearchOutput, NDArray[np.float32] | None]:
+    def plan(self, roots: Roots, noise: bool) -> tuple[SearchOutput, NDArray[np.float32] | None]:
         """
         Search from encoded observations.
 
         :param roots: see :meth:`roots`
         :param noise: Gumbel noise, and broad sampling of continuous actions
-        :param legal: actions that are allowed, ``[B, A]``; None: all
         :return: result, and for continuous control the sampled actions ``[B, num_sampled_actions, D]``
         """
         fast = self._fast_network()
@@ -221,7 +218,7 @@ class EfficientZeroPolicy(BasePolicy):
             out = gumbel_search(
                 logits, roots.values, embedding, self._recurrent if fast is None else fast.recurrent,
                 num_simulations=self.num_simulations, max_num_considered_actions=self.considered, gamma=self.gamma,
-                gumbel=gumbel, invalid_actions=None if legal is None else ~legal,
+                gumbel=gumbel,
             )  # fmt: skip
         return out, sampled
 

@@ -147,7 +147,7 @@ def test_the_logger_writes_what_a_ring_buffer_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize(
     "lengths",
-    [[46], [20, 20], [43, 40], [40, 3, 2, 60], [7, 150, 9], [30, 14, 44, 5], [2] * 40, [95], [96], [97], [143]],
+    [[46], [20, 20], [43, 40], [40, 3, 2, 60], [7, 150, 9], [30, 14, 44, 5], [3] * 40, [95], [96], [97], [143]],
 )
 def test_whole_logs_come_out_as_they_were_logged(tmp_path: Path, lengths: list[int], cut: bool) -> None:
     steps = steps_of(lengths, cut=cut)
@@ -243,14 +243,14 @@ def test_uniform_pieces(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ interruption
 
 
-def start(root: Path, tmp_path: Path) -> subprocess.Popen[bytes]:
-    code = (
-        "import gymnasium as gym\nfrom tests.test_dqn_replay import Pixels\n"
-        "from sb3_ext.data import convert_dqn_replay\n"
-        f"convert_dqn_replay({str(root)!r}, 'log/game-v0', game='Game', env=gym.make('Pixels-v0'))\n"
-    ).replace(
-        "from sb3_ext", "gym.register('Pixels-v0', entry_point=Pixels, disable_env_checker=True)\nfrom sb3_ext", 1
-    )
+def start(root: Path) -> subprocess.Popen[bytes]:
+    code = f"""
+import gymnasium as gym
+from sb3_ext.data import convert_dqn_replay
+from tests.test_dqn_replay import Pixels
+gym.register("Pixels-v0", entry_point=Pixels, disable_env_checker=True)
+convert_dqn_replay({str(root)!r}, "log/game-v0", game="Game", env=gym.make("Pixels-v0"))
+"""
     return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
 
 
@@ -263,7 +263,7 @@ def test_twenty_kills(tmp_path: Path) -> None:
     rng, kills = random.Random(0), 0
     while kills < 20:
         shutil.rmtree(final, ignore_errors=True)
-        process = start(tmp_path, tmp_path)
+        process = start(tmp_path)
         while not work.exists() and process.poll() is None:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
@@ -325,7 +325,7 @@ def test_bit_flips_and_truncations_never_pass(tmp_path: Path) -> None:
     rng = random.Random(0)
     files = sorted(folder.iterdir())
     refused = 0
-    for k in range(90):
+    for k in range(300):
         path = rng.choice(files)
         good, stat = path.read_bytes(), path.stat()
         bad = bytearray(good)
@@ -344,7 +344,7 @@ def test_bit_flips_and_truncations_never_pass(tmp_path: Path) -> None:
             assert_same(found, wanted(steps))
         path.write_bytes(good)
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert refused > 70
+    assert refused > 250
     assert_same(minari.load_dataset("log/game-v0"), wanted(steps))
     assert data.exists()
 
@@ -429,8 +429,12 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         convert(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds a log already"):
         write_log(tmp_path, [])
+    log = ReplayLog(tmp_path / "x", SHAPE, CAPACITY)
     with pytest.raises(ValueError, match="Frames are uint8"):
-        ReplayLog(tmp_path / "x", SHAPE).add(np.zeros((3, 3), np.uint8), 0, 0, False)
+        log.add(np.zeros((3, 3), np.uint8), 0, 0, False)
+    log.close()
+    with pytest.raises(ValueError, match="closed"):
+        log.add(np.zeros(SHAPE, np.uint8), 0, 0, False)
 
 
 # ------------------------------------------------------------------ with a game, from the command line

@@ -231,9 +231,9 @@ def convert_dqn_replay(
     Convert a log of the DQN Replay Dataset, or of :class:`~sb3_ext.data.ReplayLogger`, to a Minari dataset.
 
     Files are streamed; an interrupted call continues where it was, and ends with the same bytes. Padding, stale rows
-    and repeated rows are left out; episodes that run across files are joined. A terminal's final observation, which the log
-    does not hold, is its last frame again; where an episode is cut it is truncated, and the row after the cut is the
-    final observation. Rewards stay as logged (the published ones are clipped to [-1, 1]).
+    and repeated rows are left out; episodes that run across files are joined. A terminal's final observation, which the
+    log does not hold, is its last frame again. Where an episode is cut it is truncated, and the row after the cut is
+    the final observation. Rewards stay as logged (the published ones are clipped to [-1, 1]).
 
     :param folder: holds ``<game>/<run>/replay_logs``
     :param dataset_id: ``namespace/name-v0``

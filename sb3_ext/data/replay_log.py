@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import os
+import tokenize
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, SupportsFloat, cast
@@ -50,10 +52,12 @@ class StoreReader:
             version = np.lib.format.read_magic(self._file)
             if version != (1, 0):
                 raise ValueError(f"npy version {version}")
-            self.shape, fortran, self.dtype = np.lib.format.read_array_header_1_0(self._file)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # numpy mends what it takes for a header of Python 2
+                self.shape, fortran, self.dtype = np.lib.format.read_array_header_1_0(self._file)
         except FileNotFoundError as error:
             raise DatasetError(f"{path} is missing. Copy the log again.") from error
-        except (OSError, EOFError, ValueError, zlib.error) as error:
+        except (OSError, EOFError, ValueError, UserWarning, SyntaxError, tokenize.TokenError, zlib.error) as error:
             raise self._damaged(error) from error
         if self.dtype.hasobject:
             raise DatasetError(f"{path} holds pickled objects, which may run code; it is not read.")
@@ -67,10 +71,14 @@ class StoreReader:
         self.rows = self.shape[0] if self.shape else 1
         self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         self._position = 0
+        # deflate shrinks by 1032 at most; a damaged header must not ask for any amount of memory
+        if self.rows * self._row_bytes > 1040 * path.stat().st_size:
+            raise self._damaged(ValueError(f"{self.shape} cannot be in a file this small"))
 
     def _damaged(self, error: BaseException) -> DatasetError:
+        reason = " ".join(str(error).split())
         return DatasetError(
-            f"{self.path} is damaged or cut short ({type(error).__name__}: {error}). Copy the file again."
+            f"{self.path} is damaged or cut short ({type(error).__name__}: {reason}). Copy the file again."
         )
 
     def _read(self, size: int) -> bytes:

@@ -125,8 +125,9 @@ def _convert_file(job: _Job) -> None:
     done = job.work / f"done-{suffix}.json"
     if done.exists():
         return
-    actions = read_store(plan.folder, "action", suffix, job.verify)
-    rewards = read_store(plan.folder, "reward", suffix, job.verify)
+    needed = max(segment.stop for segment in plan.segments[suffix])
+    actions = read_store(plan.folder, "action", suffix, job.verify, needed)
+    rewards = read_store(plan.folder, "reward", suffix, job.verify, needed)
     _check_small(job, actions, rewards)
     path = plan.folder / store_name("observation", suffix)
     reader = StoreReader(path, STORES["observation"], 3)

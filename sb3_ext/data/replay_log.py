@@ -123,21 +123,23 @@ class StoreReader:
         self._file.close()
 
 
-def read_store(folder: Path, store: str, suffix: int, verify: bool) -> NDArray[Any]:
+def read_store(folder: Path, store: str, suffix: int, verify: bool, rows: int | None = None) -> NDArray[Any]:
     """
-    Read a small array whole.
+    Read a small array.
 
     :param folder: ``replay_logs``
     :param store: name of the array
     :param suffix: number of the file
     :param verify: whether to read on to the checksum
+    :param rows: how many rows are needed; default all
     :return: the array
     :raises DatasetError: if it is missing, damaged, or of the wrong kind
     """
     dimensions = {"add_count": 0, "observation": 3}.get(store, 1)
     reader = StoreReader(folder / store_name(store, suffix), STORES.get(store), dimensions)
     try:
-        array = reader.read(reader.rows).reshape(reader.shape)
+        array = reader.read(reader.rows if rows is None else min(rows, reader.rows))
+        array = array.reshape(reader.shape) if dimensions == 0 else array
         if verify:
             reader.finish()
     finally:

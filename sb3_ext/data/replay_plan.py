@@ -249,9 +249,9 @@ def make_plan(
         raise DatasetError(f"{folder}: no step is in the subset.")
     segments: dict[int, list[Segment]] = {}
     for number, (run, start, stop, _) in enumerate(pieces):
-        found = _split(run, start, stop)
-        for part, (suffix, low, high) in enumerate(found):
-            segments.setdefault(suffix, []).append(Segment(number, part, len(found), low, high))
+        split = _split(run, start, stop)
+        for part, (suffix, low, high) in enumerate(split):
+            segments.setdefault(suffix, []).append(Segment(number, part, len(split), low, high))
     for suffix in segments:
         segments[suffix].sort(key=lambda s: s.start)
     empty = {s: np.array(sorted(rows), np.int64) for s, rows in padding.items()}

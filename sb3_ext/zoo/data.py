@@ -1,4 +1,4 @@
-"""``sb3x data play``."""
+"""``sb3x data``: make datasets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 
 from sb3_ext.data import (
     check_new_id,
+    convert_dqn_replay,
     default_keys,
     describe_keys,
     parse_keys,
@@ -49,3 +50,38 @@ def play(args: argparse.Namespace, words: list[str]) -> None:
     env.close()
     returns = dataset.storage.metadata["behaviour_return"]
     print(f"{args.id}: {len(episodes)} episodes, {steps} steps, mean return {returns['mean']:.1f}")
+
+
+def convert(args: argparse.Namespace, words: list[str]) -> None:
+    """
+    Convert a log of the DQN Replay Dataset's format to a Minari dataset.
+
+    :param args: the command line's flags
+    :param words: the command line
+    :raises ZooError: if something is wrong that the user can put right
+    """
+    if args.env:
+        check_env_id(args.env)
+    subset = args.subset or ("author" if args.fraction < 1 else None)
+    with one_line_errors():
+        dataset = convert_dqn_replay(
+            args.folder,
+            args.id,
+            game=args.game,
+            run=args.run,
+            subset=subset,
+            fraction=args.fraction,
+            seed=args.seed,
+            verify=not args.no_verify,
+            workers=args.workers,
+            env=make_env(args.env) if args.env else None,
+            overwrite=args.overwrite,
+            report=print,
+        )
+    metadata = dataset.storage.metadata
+    for note in metadata["notes"]:
+        print(f"note: {note}")
+    returns = metadata["behaviour_return"]
+    print(
+        f"{args.id}: {dataset.total_episodes} episodes, {dataset.total_steps} steps, mean return {returns['mean']:.1f}"
+    )

@@ -8,8 +8,9 @@ import traceback
 from collections.abc import Sequence
 
 from sb3_ext import __version__
+from sb3_ext.data import SUBSETS
 from sb3_ext.zoo.config import ZooError
-from sb3_ext.zoo.data import play
+from sb3_ext.zoo.data import convert, play
 from sb3_ext.zoo.enjoy import enjoy
 from sb3_ext.zoo.train import train
 
@@ -97,6 +98,22 @@ def _add_play(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=play, verbose=1)
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="holds <Game>/<run>/replay_logs")
+    add("--game", required=True, help="for instance Breakout")
+    add("--run", type=int, default=1, help="number of the run (default 1)")
+    add("--id", required=True, help="id of the new dataset, for instance atari/breakout/dqn-replay-1pct-v0")
+    add("--fraction", type=float, default=1.0, help="share of the rows (default: everything)")
+    add("--subset", choices=SUBSETS, help="which rows (default author: the first ones of each file)")
+    add("--seed", type=int, default=0, help="seed of the draw of episodes (default 0)")
+    add("--no-verify", action="store_true", help="stop after the last row needed instead of checking checksums")
+    add("--workers", type=int, default=1, help="files to convert at the same time (default 1)")
+    add("--env", help="environment the log was made in (default: the Atari game)")
+    add("--overwrite", action="store_true", help="replace a dataset of the same id")
+    parser.set_defaults(function=convert, verbose=1)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """
     Describe the command line.
@@ -111,6 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
     data = verbs.add_parser("data", help="make datasets", allow_abbrev=False)
     makers = data.add_subparsers(required=True, metavar="COMMAND")
     _add_play(makers.add_parser("play", help="play with the keyboard and keep the episodes", allow_abbrev=False))
+    help_text = "convert a log of the DQN Replay Dataset's format"
+    _add_convert(makers.add_parser("convert-dqn-replay", help=help_text, allow_abbrev=False))
     return parser
 
 

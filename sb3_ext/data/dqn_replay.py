@@ -1,0 +1,381 @@
+"""Convert logs of the DQN Replay Dataset (Agarwal et al., 2020; Dopamine's format) to Minari datasets."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import minari
+import numpy as np
+from filelock import FileLock, Timeout
+from gymnasium import spaces
+from minari.dataset.minari_storage import MinariStorage
+from minari.namespace import create_namespace, list_local_namespaces
+from numpy.typing import NDArray
+
+from sb3_ext.data.checks import DatasetError
+from sb3_ext.data.envs import make_atari_env
+from sb3_ext.data.replay_log import STORES, StoreReader, read_store, store_name
+from sb3_ext.data.replay_plan import SUBSETS, Plan, make_plan
+from sb3_ext.data.write import _plain_spec, _replace_folder, _requirements, check_new_id, return_statistics
+
+_FORMAT = 1
+_CHUNK = 512
+"""Rows read at once."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that converting one file needs; it is sent to another process."""
+
+    plan: Plan
+    suffix: int
+    work: Path
+    n_actions: int
+    shape: tuple[int, int]
+    verify: bool
+
+
+@contextmanager
+def _full_disk(work: Path, needed: int) -> Iterator[None]:
+    """Say how many bytes are needed when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DatasetError(
+            f"The disk of {work.parent} is full: about {needed:,} bytes are needed in all, "
+            f"{shutil.disk_usage(work.parent).free:,} are free. What is done is kept; make room and run it again."
+        ) from error
+
+
+def _write_file(path: Path, data: bytes | memoryview) -> None:
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def _write_episode(
+    folder: Path, number: int, frames: NDArray[np.uint8], actions: NDArray[Any], rewards: NDArray[Any], ended: bool
+) -> float:
+    """Write one episode as Minari's Arrow storage does, but compressed (zstd); return its return."""
+    import pyarrow as pa  # here, because it takes a second
+
+    if ended:  # the log does not hold what the last step led to; nothing is learned from it
+        frames = np.concatenate([frames, frames[-1:]])
+    else:
+        actions, rewards = actions[:-1], rewards[:-1]
+    steps = len(actions)
+    last = np.arange(steps + 1) == steps - 1
+    pixels = int(np.prod(frames.shape[1:]))
+    batch = pa.RecordBatch.from_pydict(
+        {
+            "observations": pa.FixedSizeListArray.from_arrays(
+                pa.array(frames.reshape(-1)), type=pa.list_(pa.uint8(), list_size=pixels)
+            ),
+            "actions": np.append(actions, 0).astype(np.int64),
+            "rewards": np.append(rewards, np.float32(0)),
+            "terminations": last & ended,
+            "truncations": last & (not ended),
+        }
+    )
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1), use_threads=False)
+    with pa.ipc.new_file(sink, batch.schema, options=options) as writer:
+        writer.write_batch(batch)
+    target = folder / str(number)
+    target.mkdir(exist_ok=True)
+    _write_file(target / "part-0.arrow", memoryview(sink.getvalue()))
+    total = float(rewards.sum(dtype=np.float64))
+    facts = {"id": number, "total_steps": steps, **{f"rewards_{k}": getattr(rewards, k)().item() for k in _FACTS}}
+    _write_file(target / "metadata.json", json.dumps(facts | {"rewards_sum": total}).encode())
+    return total
+
+
+_FACTS = ("mean", "std", "min", "max")
+
+
+def _check_small(job: _Job, actions: NDArray[Any], rewards: NDArray[Any]) -> None:
+    bad_action = (actions < 0) | (actions >= job.n_actions)
+    for store, bad, what in (
+        ("action", bad_action, f"outside 0 to {job.n_actions - 1}"),
+        ("reward", ~np.isfinite(rewards), "not a number"),
+    ):
+        rows = np.concatenate([np.arange(s.start, s.stop) for s in job.plan.segments[job.suffix]])
+        if bad[rows].any():
+            row = int(rows[bad[rows]][0])
+            raise DatasetError(f"{job.plan.folder / store_name(store, job.suffix)}, row {row}: {store} {what}.")
+
+
+def _convert_file(job: _Job) -> None:
+    """Write the episodes that lie in one file, and the parts of those that go on in others."""
+    plan, suffix = job.plan, job.suffix
+    done = job.work / f"done-{suffix}.json"
+    if done.exists():
+        return
+    needed = max(segment.stop for segment in plan.segments[suffix])
+    actions = read_store(plan.folder, "action", suffix, job.verify, needed)
+    rewards = read_store(plan.folder, "reward", suffix, job.verify, needed)
+    _check_small(job, actions, rewards)
+    path = plan.folder / store_name("observation", suffix)
+    reader = StoreReader(path, STORES["observation"], 3)
+    returns: dict[int, float] = {}
+    try:
+        if reader.shape[1:] != job.shape:
+            raise DatasetError(f"{path}: frames of {reader.shape[1:]}, the environment shows {job.shape}.")
+        position, chunk, base = 0, np.empty((0, *job.shape), np.uint8), 0
+        for segment in plan.segments[suffix]:
+            frames = np.empty((segment.stop - segment.start, *job.shape), np.uint8)
+            row = segment.start
+            while row < segment.stop:
+                while row >= base + len(chunk):
+                    base, n = position, min(_CHUNK, reader.rows - position)
+                    chunk = reader.read(n)
+                    position += n
+                    _check_padding(plan, suffix, path, base, chunk)
+                stop = min(segment.stop, base + len(chunk))
+                frames[row - segment.start : stop - segment.start] = chunk[row - base : stop - base]
+                row = stop
+            span = slice(segment.start, segment.stop)
+            if segment.parts == 1:
+                ended = bool(plan.terminated[segment.episode])
+                returns[segment.episode] = _write_episode(
+                    job.work / "data", segment.episode, frames, actions[span], rewards[span], ended
+                )
+            else:
+                part = job.work / f"part-{segment.episode}-{segment.part}.npz"
+                with part.open("wb") as file:
+                    np.savez(file, frames=frames, actions=actions[span], rewards=rewards[span])
+        if job.verify:
+            reader.finish()
+            invalid = plan.folder / store_name("invalid_range", suffix)
+            if invalid.exists():
+                read_store(plan.folder, "invalid_range", suffix, True)
+    finally:
+        reader.close()
+    _write_file(done, json.dumps(returns).encode())
+
+
+def _check_padding(plan: Plan, suffix: int, path: Path, base: int, chunk: NDArray[np.uint8]) -> None:
+    rows = plan.padding[suffix]
+    rows = rows[(rows >= base) & (rows < base + len(chunk))]
+    filled = chunk[rows - base].any(axis=(1, 2))
+    if filled.any():
+        raise DatasetError(
+            f"{path}, row {int(rows[filled][0])} should be one of three empty rows before an episode and is not. This "
+            "is no log of the DQN Replay Dataset's format, or frames and terminals are of different logs."
+        )
+
+
+def _join(plan: Plan, work: Path) -> dict[int, float]:
+    """Write the episodes that run across files."""
+    several = {s.episode: s.parts for found in plan.segments.values() for s in found if s.parts > 1}
+    returns = {}
+    for number, parts in sorted(several.items()):
+        loaded = [np.load(work / f"part-{number}-{k}.npz", allow_pickle=False) for k in range(parts)]
+        frames, actions, rewards = (
+            np.concatenate([part[name] for part in loaded]) for name in ("frames", "actions", "rewards")
+        )
+        for part in loaded:
+            part.close()
+        ended = bool(plan.terminated[number])
+        returns[number] = _write_episode(work / "data", number, frames, actions, rewards, ended)
+    return returns
+
+
+def _digest(plan: Plan, options: dict[str, Any]) -> str:
+    """Name of a conversion: it changes with what is asked for and with the size and time of every file."""
+    digest = hashlib.sha256(repr((_FORMAT, sorted(options.items()))).encode())
+    for path in sorted(plan.folder.glob("*_ckpt.*.gz")):
+        stat = path.stat()
+        digest.update(f"{path.name}|{stat.st_size}|{stat.st_mtime_ns};".encode())
+    return digest.hexdigest()
+
+
+def _expected_bytes(plan: Plan) -> int:
+    """About how large the dataset will be: frames take about as much as they do in the log."""
+    total = 0.0
+    for suffix, segments in plan.segments.items():
+        share = sum(s.stop - s.start for s in segments) / plan.capacity
+        total += share * (plan.folder / store_name("observation", suffix)).stat().st_size
+    return int(1.5 * total) + 10_000 * len(plan.terminated)
+
+
+def convert_dqn_replay(
+    folder: str | os.PathLike[str],
+    dataset_id: str,
+    *,
+    game: str,
+    run: int = 1,
+    subset: str | None = None,
+    fraction: float = 1.0,
+    seed: int = 0,
+    verify: bool = True,
+    workers: int = 1,
+    env: gym.Env[Any, Any] | None = None,
+    overwrite: bool = False,
+    report: Callable[[str], None] | None = None,
+) -> minari.MinariDataset:
+    """
+    Convert a log of the DQN Replay Dataset, or of :class:`~sb3_ext.data.ReplayLogger`, to a Minari dataset.
+
+    Files are streamed; an interrupted call continues where it was, and ends with the same bytes. Padding, stale rows
+    and repeated rows are left out; episodes that run across files are joined. A terminal's final observation, which the
+    log does not hold, is its last frame again. Where an episode is cut it is truncated, and the row after the cut is
+    the final observation. Rewards stay as logged (the published ones are clipped to [-1, 1]).
+
+    :param folder: holds ``<game>/<run>/replay_logs``
+    :param dataset_id: ``namespace/name-v0``
+    :param game: name in CamelCase
+    :param run: number of the run
+    :param subset: None: everything; ``"author"``: the first rows of each file, as in the CQL paper; ``"episodes"``:
+        whole episodes drawn from all over the log; ``"first"``: the start of the run; ``"uniform"``: pieces of 1000
+        rows at even distances
+    :param fraction: share of the rows, in (0, 1]
+    :param seed: seed of the draw of episodes
+    :param verify: read every file to its end and check its checksum; False stops after the last row needed
+    :param workers: files to convert at the same time, each in a process of its own
+    :param env: what the log was made in; default ``make_atari_env(game)``
+    :param overwrite: replace a dataset of the same id
+    :param report: receives a line per step of the work
+    :return: the dataset
+    :raises DatasetError: if the log is missing, damaged or of another format, or the disk is full; names the file
+    :raises ValueError: for an unknown subset, a bad fraction, or an id that is malformed or taken
+    """
+    if subset is not None and subset not in SUBSETS:
+        raise ValueError(f"subset must be one of {', '.join(SUBSETS)}, not {subset!r}.")
+    if not 0 < fraction <= 1 or (subset is None and fraction != 1):
+        raise ValueError(f"fraction must be in (0, 1] and needs a subset ({', '.join(SUBSETS)}), got {fraction}.")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}.")
+    say = report or (lambda line: None)
+    namespace, final = check_new_id(dataset_id, overwrite=True)
+    env = env if env is not None else make_atari_env(game)
+    if not isinstance(env.action_space, spaces.Discrete) or len(env.observation_space.shape or ()) != 2:
+        raise ValueError("The environment must show grey frames [H, W] and take discrete actions.")
+    plan = make_plan(Path(folder, game, str(run), "replay_logs"), subset, fraction, seed, verify)
+    options = {"subset": subset, "fraction": fraction, "seed": seed, "verify": verify, "id": dataset_id}
+    options |= {"game": game, "run": run, "spec": str(env.spec)}
+    digest = _digest(plan, options)
+    if final.exists() and not overwrite:
+        if MinariStorage.read_raw_metadata(final / "data").get("conversion") == digest:
+            say(f"{dataset_id} is converted already.")
+            return minari.load_dataset(dataset_id)
+        raise ValueError(f"The dataset {dataset_id!r} exists; choose another version or pass overwrite=True.")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(final.with_name(f".{final.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DatasetError(f"Another process is converting to {dataset_id}.") from error
+    work = final.with_name(f".{final.name}-convert")
+    try:
+        with _full_disk(work, _expected_bytes(plan)):
+            _work(plan, work, digest, env, verify, workers, say)
+            facts = _facts(plan, game, run, options, digest, dataset_id, env, work)
+            _finish(work, final, namespace, env, facts)
+    finally:
+        lock.release()
+    return minari.load_dataset(dataset_id)
+
+
+def _work(
+    plan: Plan, work: Path, digest: str, env: gym.Env[Any, Any], verify: bool, workers: int, say: Callable[[str], None]
+) -> None:
+    mark = work / "plan.txt"
+    if not mark.exists() or mark.read_text() != digest:
+        shutil.rmtree(work, ignore_errors=True)
+        (work / "data").mkdir(parents=True)
+        _write_file(mark, digest.encode())
+    assert isinstance(env.action_space, spaces.Discrete)
+    height, width = env.observation_space.shape or (0, 0)
+    jobs = [_Job(plan, s, work, int(env.action_space.n), (height, width), verify) for s in sorted(plan.segments)]
+    if workers == 1:
+        for job in jobs:
+            _convert_file(job)
+            say(f"file {job.suffix} is done")
+    else:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            for job, _ in zip(jobs, pool.map(_convert_file, jobs), strict=True):
+                say(f"file {job.suffix} is done")
+    _write_file(work / "joined.json", json.dumps(_join(plan, work)).encode())
+
+
+def _facts(
+    plan: Plan,
+    game: str,
+    run: int,
+    options: dict[str, Any],
+    digest: str,
+    dataset_id: str,
+    env: gym.Env[Any, Any],
+    work: Path,
+) -> dict[str, Any]:
+    returns: dict[int, float] = {}
+    for path in (*work.glob("done-*.json"), work / "joined.json"):
+        returns |= {int(k): v for k, v in json.loads(path.read_text()).items()}
+    lengths, low, high = [], np.inf, -np.inf
+    for number in range(len(plan.terminated)):
+        episode = json.loads((work / "data" / str(number) / "metadata.json").read_text())
+        lengths.append(episode["total_steps"])
+        low, high = min(low, episode["rewards_min"]), max(high, episode["rewards_max"])
+    limit = [k for k, n in enumerate(lengths) if n == 27_000 and plan.terminated[k]]
+    clipped = bool(low >= -1 and high <= 1)
+    return {
+        "dataset_id": dataset_id,
+        "minari_version": minari.__version__,
+        "total_episodes": len(lengths),
+        "total_steps": sum(lengths),
+        "algorithm_name": "DQN",
+        "author": {"Agarwal et al. (DQN Replay Dataset), or whoever made the log"},
+        "author_email": {"none"},
+        "code_permalink": "none",
+        "description": f"Replay log of {game}, run {run}, converted from Dopamine's format; "
+        f"{'everything' if options['subset'] is None else options['subset'] + ' ' + format(options['fraction'], 'g')}."
+        + (" All rewards are within [-1, 1]: the DQN Replay Dataset clips them." if clipped else ""),
+        "requirements": _requirements(env),
+        "eval_env_spec": _plain_spec(env).to_json(),
+        "behaviour_return": return_statistics([returns[k] for k in range(len(lengths))]),
+        "conversion": digest,
+        "source": {k: options[k] for k in ("game", "run", "subset", "fraction", "seed")},
+        "source_verified": options["verify"],
+        "rewards_clipped": clipped,
+        "steps_dropped": plan.steps_dropped,
+        "ends_at_step_limit": limit,
+        "notes": plan.notes,
+    }
+
+
+def _finish(work: Path, final: Path, namespace: str | None, env: gym.Env[Any, Any], facts: dict[str, Any]) -> None:
+    """Write the metadata and move the dataset to its place."""
+    data = work / "data"
+    (data / "metadata.json").unlink(missing_ok=True)
+    size = sum(f.stat().st_size for f in data.rglob("*") if f.is_file())
+    storage = MinariStorage.new(
+        data,
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+        env_spec=_plain_spec(env),
+        data_format="arrow",
+        jpeg_encoding=False,
+    )
+    storage.update_metadata({**facts, "dataset_size": round(size / 1e6, 1)})
+    if namespace is not None and namespace not in list_local_namespaces():
+        create_namespace(namespace)
+    for path in work.iterdir():
+        if path != data and path.name != "plan.txt":
+            path.unlink()
+    (work / "plan.txt").unlink()
+    _replace_folder(work, final)

@@ -20,7 +20,16 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from sb3_ext.data import DatasetError, ReplayLog, ReplayLogger, convert_dqn_replay, load_minari, make_atari_env
+from sb3_ext.data import (
+    DatasetError,
+    ReplayLog,
+    ReplayLogger,
+    convert_dqn_replay,
+    load_minari,
+    make_atari_env,
+    make_eval_env,
+    record,
+)
 from sb3_ext.data.replay_log import STORES, store_name
 from sb3_ext.zoo.main import main
 
@@ -480,3 +489,14 @@ def test_a_games_log_from_the_command_line(tmp_path: Path, capsys: pytest.Captur
         "-1",
     ]
     assert main([*train, "-f", str(tmp_path / "logs")]) == 0
+
+
+def test_a_recorded_environment_is_rebuilt_without_the_logger(tmp_path: Path) -> None:
+    env = ReplayLogger(make_atari_env("Breakout"), tmp_path / "logs", game="Breakout", capacity=2000)
+    dataset = record(None, env, "logged/breakout-v0", n_steps=50)
+    env.close()
+    log = tmp_path / "logs" / "Breakout" / "1" / "replay_logs"
+    before = sorted(log.iterdir())
+    make_eval_env(dataset).reset()
+    assert sorted(log.iterdir()) == before
+    assert "ReplayLogger" not in str(dataset.storage.metadata["env_spec"])

@@ -28,7 +28,11 @@ from numpy.typing import NDArray
 from sb3_ext.common.frames import unpack_frames
 from sb3_ext.data.envs import is_frame_space
 
-_OBSERVERS = ("sb3_ext.data.record:EpisodeRecorder", "stable_baselines3.common.monitor:Monitor")
+_OBSERVERS = (
+    "sb3_ext.data.record:EpisodeRecorder",
+    "sb3_ext.data.replay_log:ReplayLogger",
+    "stable_baselines3.common.monitor:Monitor",
+)
 """Wrappers that change nothing, so that the dataset's environment needs none of them."""
 
 

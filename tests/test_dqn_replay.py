@@ -47,9 +47,9 @@ class Pixels(gym.Env[np.ndarray, Any]):
 
 @pytest.fixture(autouse=True)
 def pixels_are_registered() -> Any:
-    gym.register("Pixels-v0", entry_point=f"{__name__}:Pixels", disable_env_checker=True)
+    gym.register("LogPixels-v0", entry_point=f"{__name__}:Pixels", disable_env_checker=True)
     yield
-    gym.registry.pop("Pixels-v0")
+    gym.registry.pop("LogPixels-v0")
 
 
 def steps_of(lengths: list[int], seed: int = 0, cut: bool = False) -> list[Step]:
@@ -74,7 +74,7 @@ def write_log(root: Path, steps: list[Step], capacity: int = CAPACITY) -> Path:
 
 
 def convert(root: Path, dataset_id: str = "log/game-v0", **kwargs: Any) -> minari.MinariDataset:
-    return convert_dqn_replay(root, dataset_id, game="Game", env=gym.make("Pixels-v0"), **kwargs)
+    return convert_dqn_replay(root, dataset_id, game="Game", env=gym.make("LogPixels-v0"), **kwargs)
 
 
 def wanted(steps: list[Step], cut: bool = False) -> list[dict[str, np.ndarray]]:
@@ -257,8 +257,8 @@ def start(root: Path) -> subprocess.Popen[bytes]:
 import gymnasium as gym
 from sb3_ext.data import convert_dqn_replay
 from tests.test_dqn_replay import Pixels
-gym.register("Pixels-v0", entry_point=Pixels, disable_env_checker=True)
-convert_dqn_replay({str(root)!r}, "log/game-v0", game="Game", env=gym.make("Pixels-v0"))
+gym.register("LogPixels-v0", entry_point=Pixels, disable_env_checker=True)
+convert_dqn_replay({str(root)!r}, "log/game-v0", game="Game", env=gym.make("LogPixels-v0"))
 """
     return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
 

@@ -439,9 +439,8 @@ def test_mistakes_in_names(here: Path, capsys: pytest.CaptureFixture[str], monke
         return main(["train", *words, "-n", "10"])
 
     monkeypatch.setattr(minari, "download_dataset", download)
-    fails(
-        capsys, run("--algo", "clq", "--dataset", DATASET), "Unknown algorithm 'clq'; known: bc, cql, dqn, gail, qrdqn"
-    )
+    known = "known: bc, cql, dqn, efficientzero, gail, qrdqn"
+    fails(capsys, run("--algo", "clq", "--dataset", DATASET), f"Unknown algorithm 'clq'; {known}")
     fails(capsys, run("--algo", "cql", "--dataset", "cartpole/randm-v0"), "could not be downloaded", DATASET)
     fails(capsys, run("--algo", "cql", "--dataset", "CartPole-v1"), "is an environment, not a dataset")
     fails(capsys, run("--algo", "cql", "--dataset", str(here)), "no metadata.json")

@@ -3,6 +3,7 @@
 import argparse
 
 import gymnasium as gym
+import torch as th
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
@@ -12,6 +13,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=2_500, help="environment steps; about a minute and a half per 2,500")
 args = parser.parse_args()
 
+th.set_num_threads(1)  # more only get in each other's way with networks this small
 env = Monitor(gym.make("CartPole-v1"))
 model = EfficientZeroV2("MlpPolicy", env, seed=0, device="cpu", learning_starts=min(200, args.steps // 2))
 model.learn(args.steps, progress_bar=True)

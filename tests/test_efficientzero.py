@@ -213,7 +213,7 @@ def test_image_network_of_any_size(shape: tuple[int, ...]) -> None:
     assert latent.shape[2:] == ((6, 6) if shape == (12, 96, 96) else latent.shape[2:])
     following = network.dynamics(latent, th.eye(3)[:2])
     assert following.shape == latent.shape
-    assert network.reward(following).abs().max() == 0
+    assert network.reward_head(following).abs().max() == 0
     value, policy = network.predict(following)
     assert value.shape == (2, 51)
     assert policy.shape == (2, 3)

@@ -64,6 +64,7 @@ def train_weighted(
     gradient_steps: int,
     batch_size: int,
     metrics: MetricMeans,
+    after_update: Callable[[], None] | None = None,
 ) -> None:
     """
     Run gradient steps of any value-based algorithm: the mean over the batch of ``weights * loss`` is minimised.
@@ -75,6 +76,7 @@ def train_weighted(
     :param gradient_steps: number of steps
     :param batch_size: B
     :param metrics: receives ``loss`` and the loss function's metrics
+    :param after_update: called after each step, to update target networks for instance
     :raises FloatingPointError: if the loss is NaN or infinite, before the step is taken (on a GPU it is looked at every
         100 steps only)
     """
@@ -106,3 +108,5 @@ def train_weighted(
             buffer.update_priorities(batch.indices, output.td_error.detach().abs().cpu().numpy())  # type: ignore[attr-defined]
         model._n_updates += 1
         metrics.add({"loss": loss, **output.metrics})
+        if after_update is not None:
+            after_update()

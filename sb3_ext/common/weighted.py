@@ -27,6 +27,9 @@ class WeightedMixin(OffPolicyAlgorithm):
         """
         raise NotImplementedError
 
+    def _after_update(self) -> None:
+        """Called after each gradient step."""
+
     def _setup_model(self) -> None:
         # SB3 passes n_steps on to its own buffers only
         kind, n_steps = self.replay_buffer_class, self.n_steps
@@ -55,7 +58,7 @@ class WeightedMixin(OffPolicyAlgorithm):
         :param batch_size: samples per step
         """
         metrics = MetricMeans()
-        train_weighted(self, self.compute_loss, gradient_steps, batch_size, metrics)
+        train_weighted(self, self.compute_loss, gradient_steps, batch_size, metrics, self._after_update)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for key, value in metrics.flush().items():
             self.logger.record(f"train/{key}", value)

@@ -160,10 +160,11 @@ class OfflineQRDQN(QRDQN):
         :param gradient_steps: number of steps
         :param batch_size: samples per step
         """
-        for _ in range(gradient_steps):
-            train_weighted(self, self.compute_loss, 1, batch_size, self._metrics)
-            if self._n_updates % self.target_update_interval == 0:
-                self._update_target()
+        train_weighted(self, self.compute_loss, gradient_steps, batch_size, self._metrics, self._after_update)
+
+    def _after_update(self) -> None:
+        if self._n_updates % self.target_update_interval == 0:
+            self._update_target()
 
     def _update_target(self) -> None:
         polyak_update(self.quantile_net.parameters(), self.quantile_net_target.parameters(), self.tau)

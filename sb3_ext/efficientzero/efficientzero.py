@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import configure_logger
 
 from sb3_ext.common.losses import cross_entropy, negative_cosine
 from sb3_ext.common.sequences import SequenceReplayBuffer, SequenceSamples
-from sb3_ext.common.training import LossOutput, MetricMeans, train_weighted
+from sb3_ext.common.training import LossOutput
 from sb3_ext.common.weighted import WeightedMixin
 from sb3_ext.data.minari import DatasetLike
 from sb3_ext.efficientzero.augment import random_intensity, random_shift
@@ -208,21 +208,9 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
         if self.image_shift is None:
             self.image_shift = 4 if images and min(observations.shape[1:]) >= 32 else 0
 
-    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
-        """
-        Run updates; the target network is replaced every ``target_update_interval`` of them.
-
-        :param gradient_steps: number of updates
-        :param batch_size: windows per update
-        """
-        metrics = MetricMeans()
-        for _ in range(gradient_steps):
-            train_weighted(self, self.compute_loss, 1, batch_size, metrics)
-            if self._n_updates % self.target_update_interval == 0:
-                self.policy_target.load_state_dict(self.policy.state_dict())
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for key, value in metrics.flush().items():
-            self.logger.record(f"train/{key}", value)
+    def _after_update(self) -> None:
+        if self._n_updates % self.target_update_interval == 0:
+            self.policy_target.load_state_dict(self.policy.state_dict())
 
     def _augment(self, observations: th.Tensor) -> th.Tensor:
         if not isinstance(self.policy, CnnPolicy):
@@ -268,7 +256,7 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
         if self.consistency_coef:
             with th.no_grad():
                 later = observations[:, 1:].transpose(0, 1).flatten(0, 1)  # place by place
-                goals = net.project(net.represent(self._augment(later))).chunk(steps)
+                goals = net.projector(net.represent(self._augment(later))).chunk(steps)
         value_logits, policy = net.predict(latent)
         first_value = self.policy.decode(value_logits.detach())
         zero = th.zeros(len(latent), device=self.device)
@@ -280,10 +268,10 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
         for k in range(steps):
             latent = net.dynamics(latent, self.policy.action_input(actions[:, k]))
             terms["reward_loss"] = (
-                terms["reward_loss"] + cross_entropy(net.reward(latent), rewards[:, k]) * reward_mask[:, k]
+                terms["reward_loss"] + cross_entropy(net.reward_head(latent), rewards[:, k]) * reward_mask[:, k]
             )
             if self.consistency_coef:
-                similar = negative_cosine(net.predictor(net.project(latent)), goals[k])
+                similar = negative_cosine(net.predictor(net.projector(latent)), goals[k])
                 terms["consistency_loss"] = terms["consistency_loss"] + similar * inside[:, k]
             value_logits, policy = net.predict(latent)
             terms["value_loss"] = (
@@ -345,7 +333,7 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
         :raises ValueError: if there are several environments
         """
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
-        fill_replay_buffer(self.replay_buffer, dataset)
+        fill_replay_buffer(self.replay_buffer, dataset, self.policy)
         if not self._custom_logger and not hasattr(self, "_logger"):
             self._logger = configure_logger(self.verbose, self.tensorboard_log, "pretrain")
         self.train(gradient_steps, self.batch_size)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -105,7 +103,7 @@ class MlpNetwork(nn.Module):
         projection_size: int = 128,
     ) -> None:
         super().__init__()
-        self.action_size, self.support_size, self.policy_size = action_size, support_size, policy_size
+        self.support_size = support_size
         size, h = int(np.prod(observation_space.shape)), latent_size
         self.norm = RunningNorm(size)
         self.representation = nn.Sequential(
@@ -128,20 +126,10 @@ class MlpNetwork(nn.Module):
         out: th.Tensor = self.settle(latent + self.step(th.cat([latent, action], 1)))
         return out
 
-    def reward(self, latent: th.Tensor) -> th.Tensor:
-        """Logits ``[B, support_size]`` of the reward on the way to a latent state."""
-        out: th.Tensor = self.reward_head(latent)
-        return out
-
     def predict(self, latent: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """Logits of the value ``[B, support_size]``, and the policy ``[B, policy_size]``."""
         out = self.prediction(latent)
         return out[:, : self.support_size], out[:, self.support_size :]
-
-    def project(self, latent: th.Tensor) -> th.Tensor:
-        """Projection for the self-supervised loss, ``[B, H]``."""
-        out: th.Tensor = self.projector(latent)
-        return out
 
 
 class ResBlock(nn.Module):
@@ -210,7 +198,6 @@ class CnnNetwork(nn.Module):
         projection_size: int = 1024,
     ) -> None:
         super().__init__()
-        self.action_size, self.support_size, self.policy_size = action_size, support_size, policy_size
         planes, height, width = observation_space.shape
         self.scale = float(np.max(observation_space.high))
         if min(height, width) < 4:
@@ -261,20 +248,7 @@ class CnnNetwork(nn.Module):
         out: th.Tensor = self.settle(th.relu(latent + self.step(th.cat([latent, planes], 1))))
         return out
 
-    def reward(self, latent: th.Tensor) -> th.Tensor:
-        """Logits ``[B, support_size]`` of the reward on the way to a latent state."""
-        out: th.Tensor = self.reward_head(latent)
-        return out
-
     def predict(self, latent: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """Logits of the value ``[B, support_size]``, and the policy ``[B, policy_size]``."""
         latent = self.trunk(latent)
         return self.value_head(latent), self.policy_head(latent)
-
-    def project(self, latent: th.Tensor) -> th.Tensor:
-        """Projection for the self-supervised loss, ``[B, projection_size]``."""
-        out: th.Tensor = self.projector(latent)
-        return out
-
-
-Network: Any = MlpNetwork | CnnNetwork

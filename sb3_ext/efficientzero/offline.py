@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from gymnasium import spaces
-from numpy.typing import NDArray
+from stable_baselines3.common.policies import BasePolicy
 
+from sb3_ext.common.frames import ArrayFrames, gather_stacks
 from sb3_ext.common.sequences import SequenceReplayBuffer
 from sb3_ext.data.checks import DatasetError, same_actions
 from sb3_ext.data.envs import is_frame_space, to_channel_first
@@ -15,7 +14,7 @@ from sb3_ext.data.minari import DatasetLike
 from sb3_ext.data.source import Source, open_source
 
 
-def fill_replay_buffer(buffer: SequenceReplayBuffer, dataset: DatasetLike) -> int:
+def fill_replay_buffer(buffer: SequenceReplayBuffer, dataset: DatasetLike, policy: BasePolicy) -> int:
     """
     Add every transition of a dataset, episode by episode.
 
@@ -25,6 +24,7 @@ def fill_replay_buffer(buffer: SequenceReplayBuffer, dataset: DatasetLike) -> in
 
     :param buffer: of one environment; large enough for the dataset
     :param dataset: a ``MinariDataset``, an id or a path
+    :param policy: scales continuous actions
     :return: transitions added
     :raises DatasetError: if the dataset is missing, damaged, of other spaces or larger than the buffer
     :raises ValueError: if the buffer is that of several environments
@@ -44,20 +44,19 @@ def fill_replay_buffer(buffer: SequenceReplayBuffer, dataset: DatasetLike) -> in
         )
     for _ in source.read(storage, source.episodes, lengths, strict=True):
         pass
-    actions_space = buffer.action_space
     for episode in source.read(source.open(), source.episodes, lengths, strict=True):
-        observations, actions = episode.observations, np.asarray(episode.actions)
+        frames, actions = episode.observations, np.asarray(episode.actions)
         if is_frame_space(source.observation_space):
-            observations = _stacked(to_channel_first(observations, source.observation_space), stack)
-        if isinstance(actions_space, spaces.Box):
-            low, high = actions_space.low, actions_space.high
-            actions = (2.0 * (actions - low) / (high - low) - 1.0).astype(np.float32)
-        last = len(actions) - 1
-        for t in range(len(actions)):
-            end = t == last
+            frames = to_channel_first(frames, source.observation_space)
+        if isinstance(buffer.action_space, spaces.Box):
+            actions = policy.scale_action(actions)
+        steps = np.arange(len(actions))
+        observations, following = gather_stacks(ArrayFrames(frames), steps, steps, stack, pad_with_zeros=True)
+        for t in steps:
+            end = t == steps[-1]
             infos = [{"TimeLimit.truncated": end and not episode.terminated}]
-            following = observations[t + 1][None]
-            buffer.add(observations[t][None], following, actions[t][None], episode.rewards[t], np.array([end]), infos)
+            now, then = observations[t : t + 1], following[t : t + 1]
+            buffer.add(now, then, actions[t : t + 1], episode.rewards[t], np.array([end]), infos)
     return total
 
 
@@ -81,11 +80,3 @@ def _stack(source: Source, buffer: SequenceReplayBuffer) -> int:
             f"{buffer.action_space}."
         )
     return ours.shape[0] // shape[0] if images else 1
-
-
-def _stacked(frames: NDArray[Any], stack: int) -> NDArray[Any]:
-    """``[T, C, H, W]`` to ``[T, stack * C, H, W]``, oldest first."""
-    if stack == 1:
-        return frames
-    padded = np.concatenate([np.zeros_like(frames[:1]).repeat(stack - 1, axis=0), frames])
-    return np.concatenate([padded[k : k + len(frames)] for k in range(stack)], axis=1)

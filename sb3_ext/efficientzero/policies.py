@@ -230,7 +230,7 @@ class EfficientZeroPolicy(BasePolicy):
             latent, actions = embedding
             latent = self.network.dynamics(latent, actions[th.arange(len(slots)), slots])
         value, policy = self.network.predict(latent)
-        reward, value = self.decode(self.network.reward(latent)), self.decode(value)
+        reward, value = self.decode(self.network.reward_head(latent)), self.decode(value)
         if self.discrete:
             return RecurrentOutput(reward, value, policy, latent)
         return RecurrentOutput(reward, value, *self.inner_actions(policy.float(), latent))

@@ -44,11 +44,11 @@ TASKS: dict[str, dict[str, Any]] = {
         "marks": (-300, -200), "settings": {"gamma": 0.98},
     },
     "minatar": {
-        "env": "MinAtarBreakout-v0", "policy": "CnnPolicy", "steps": 100_000, "eval_every": 10_000, "episodes": 50,
+        "env": "MinAtarBreakout-v0", "policy": "MlpPolicy", "steps": 100_000, "eval_every": 10_000, "episodes": 30,
         "marks": (5, 10),
         "settings": {
             "gamma": 0.99, "learning_rate": 1e-3, "train_freq": 4, "gradient_steps": 1, "learning_starts": 1000,
-            "policy_kwargs": {"network_kwargs": {"channels": 32, "projection_size": 128}},
+            "policy_kwargs": {"features_extractor_class": MinAtarCNN, "normalize_images": False},
         },
     },
 }  # fmt: skip

@@ -11,8 +11,9 @@ from torch import nn
 
 from sb3_ext.efficientzero import fast
 from sb3_ext.efficientzero.fast import compile_mlp, decode
+from sb3_ext.efficientzero.kernels import SMALL_BATCH
 
-BATCHES = [1, 2, 3, 5, fast.SMALL_BATCH, fast.SMALL_BATCH + 1, 64, fast.CHUNK + 3]
+BATCHES = [1, 2, 3, 5, 7, SMALL_BATCH, SMALL_BATCH + 1, 64, fast.CHUNK + 3]
 
 
 class Residual(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 
@@ -83,13 +85,16 @@ class MlpNetwork(nn.Module):
     Unlike the paper, heads have layer norm in place of batch norm, so that search and training see the same network;
     value and policy share a hidden layer; and continuous actions enter the dynamics as they are.
 
-    :param observation_space: a ``Box``; flattened
+    :param observation_space: a ``Box``; flattened, unless there is a features extractor
     :param action_size: numbers that describe an action, one-hot or continuous
     :param policy_size: outputs of the policy head
     :param support_size: bins of the value and the reward head
     :param latent_size: size of the latent state, H
     :param blocks: residual blocks in representation and dynamics
     :param projection_size: hidden units of the heads of the self-supervised loss
+    :param features_extractor: what turns an observation into a vector, of SB3's kind; None: the flat observation,
+        standardised
+    :param normalize_images: give the features extractor images divided by 255
     """
 
     def __init__(
@@ -101,11 +106,18 @@ class MlpNetwork(nn.Module):
         latent_size: int = 128,
         blocks: int = 1,
         projection_size: int = 128,
+        features_extractor: BaseFeaturesExtractor | None = None,
+        normalize_images: bool = True,
     ) -> None:
         super().__init__()
-        self.support_size = support_size
-        size, h = int(np.prod(observation_space.shape)), latent_size
-        self.norm = RunningNorm(size)
+        self.support_size, h = support_size, latent_size
+        self.observation_space, self.normalize_images = observation_space, normalize_images
+        self.features_extractor = features_extractor
+        if features_extractor is None:
+            size = int(np.prod(observation_space.shape))
+            self.norm = RunningNorm(size)
+        else:
+            size = features_extractor.features_dim
         self.representation = nn.Sequential(
             nn.Linear(size, h), nn.LayerNorm(h), nn.Tanh(), *(_pre_norm(h) for _ in range(blocks)), nn.LayerNorm(h)
         )
@@ -118,7 +130,13 @@ class MlpNetwork(nn.Module):
 
     def represent(self, observations: th.Tensor) -> th.Tensor:
         """Map ``[B, *obs_shape]`` to latent states ``[B, H]``."""
-        out: th.Tensor = self.representation(self.norm(observations.flatten(1).float()))
+        if self.features_extractor is None:
+            features = self.norm(observations.flatten(1).float())
+        else:
+            features = self.features_extractor(
+                preprocess_obs(observations, self.observation_space, normalize_images=self.normalize_images)
+            )
+        out: th.Tensor = self.representation(features)
         return out
 
     def dynamics(self, latent: th.Tensor, action: th.Tensor) -> th.Tensor:

@@ -11,6 +11,7 @@ import torch as th
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 from torch.nn import functional as F
@@ -72,6 +73,10 @@ class EfficientZeroPolicy(BasePolicy):
     :param value_range: largest absolute value and reward that the bins reach, in units of return
     :param search: False acts by the network's policy alone
     :param network_kwargs: sizes; see the network class
+    :param features_extractor_class: ``MlpPolicy``: what turns an observation into a vector, as in SB3, such as a
+        convolutional network before latent vectors; the default flattens and standardises
+    :param features_extractor_kwargs: likewise
+    :param normalize_images: give the features extractor images divided by 255
     :param optimizer_class: of torch, or its name in ``torch.optim``
     :param optimizer_kwargs: likewise
     """
@@ -91,12 +96,18 @@ class EfficientZeroPolicy(BasePolicy):
         value_range: float = 300.0,
         search: bool = True,
         network_kwargs: dict[str, Any] | None = None,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
         optimizer_class: type[th.optim.Optimizer] | str = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             observation_space,
             action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images=normalize_images,
             optimizer_class=getattr(th.optim, optimizer_class) if isinstance(optimizer_class, str) else optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
             squash_output=isinstance(action_space, spaces.Box),
@@ -119,9 +130,16 @@ class EfficientZeroPolicy(BasePolicy):
                 f"max_num_considered_actions={max_num_considered_actions}, but a root has {slots} actions."
             )
         self.considered = max_num_considered_actions or considered
-        self.network: Any = self.network_class(
-            observation_space, self.action_size, policy_size, support_size, **self.network_kwargs
-        )
+        sizes = self.network_kwargs
+        if features_extractor_class is not FlattenExtractor:
+            if not issubclass(self.network_class, MlpNetwork):
+                raise ValueError("CnnPolicy has its own network and takes no features_extractor_class: MlpPolicy does.")
+            sizes = {
+                **sizes,
+                "features_extractor": self.make_features_extractor(),
+                "normalize_images": normalize_images,
+            }
+        self.network: Any = self.network_class(observation_space, self.action_size, policy_size, support_size, **sizes)
         end = float(value_transform(th.tensor(value_range), _EPS))
         self.support: th.Tensor
         self.register_buffer("support", th.linspace(-end, end, support_size), persistent=False)
@@ -136,6 +154,7 @@ class EfficientZeroPolicy(BasePolicy):
         names = (
             *("num_simulations", "max_num_considered_actions", "num_sampled_actions", "gamma", "support_size"),
             *("value_range", "search", "network_kwargs", "optimizer_class", "optimizer_kwargs"),
+            *("features_extractor_class", "features_extractor_kwargs", "normalize_images"),
         )
         parameters = super()._get_constructor_parameters()
         return {

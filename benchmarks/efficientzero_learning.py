@@ -4,6 +4,7 @@ Learning curves of EfficientZeroV2 over environment steps and CPU seconds.
     uv run --all-extras benchmarks/efficientzero_learning.py --task cartpole --seeds 0 1 2 3 4
     uv run --all-extras benchmarks/efficientzero_learning.py --task pendulum --seeds 0 1 2
     uv run --all-extras benchmarks/efficientzero_learning.py --task minatar --algos efficientzero dqn qrdqn-per ppo
+    uv run --all-extras benchmarks/efficientzero_learning.py --task breakout        # Atari, a small network
     uv run --all-extras benchmarks/efficientzero_learning.py --table
 
 Evaluations play greedy actions (search without noise) from fixed seeds and cost no training time. The table says when a
@@ -21,10 +22,12 @@ from typing import Any
 import numpy as np
 import torch as th
 from cql_learning import RESULTS, Curve, machine
-from learning_envs import MinAtarCNN
+from learning_envs import MinAtarCNN, SmallCNN
+from per_learning import make_breakout
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ext import DQN, QRDQN, EfficientZeroV2, PrioritizedReplayBuffer
 
@@ -51,6 +54,15 @@ TASKS: dict[str, dict[str, Any]] = {
             "policy_kwargs": {"features_extractor_class": MinAtarCNN, "normalize_images": False},
         },
     },
+    "breakout": {
+        "env": "ALE/Breakout-v5", "policy": "MlpPolicy", "steps": 40_000, "eval_every": 5_000, "episodes": 20,
+        "marks": (3, 6),
+        "settings": {
+            "gamma": 0.988, "learning_rate": 1e-3, "train_freq": 4, "gradient_steps": 1, "learning_starts": 2000,
+            "num_simulations": 8, "optimize_memory_usage": True,
+            "policy_kwargs": {"features_extractor_class": SmallCNN},
+        },
+    },
 }  # fmt: skip
 PEERS: dict[str, Any] = {
     "dqn": lambda env, seed: DQN("MlpPolicy", env, seed=seed, device="cpu", **OFF_POLICY),
@@ -67,10 +79,17 @@ PEERS: dict[str, Any] = {
 ALGOS = ("efficientzero", *PEERS)
 
 
+def make_env(task: str, n_envs: int, seed: int, training: bool) -> VecEnv:
+    """Environment of a task."""
+    if task == "breakout":
+        return make_breakout(n_envs, seed, training)
+    return make_vec_env(TASKS[task]["env"], n_envs, seed=seed)
+
+
 def build(task: str, algo: str, seed: int, overrides: dict[str, Any]) -> BaseAlgorithm:
     """Algorithm and training environment."""
     settings = TASKS[task]
-    env = make_vec_env(settings["env"], 8 if algo == "ppo" else 1, seed=seed)
+    env = make_env(task, 8 if algo == "ppo" else 1, seed, training=True)
     if algo in PEERS:
         model: BaseAlgorithm = PEERS[algo](env, seed)
         return model
@@ -90,7 +109,7 @@ def run(
     state.mkdir(parents=True, exist_ok=True)
     curve: list[dict[str, Any]] = []
     model = build(task, algo, seed, overrides)
-    evaluation = make_vec_env(settings["env"], 10, seed=seed)
+    evaluation = make_env(task, 10, seed, training=False)
     model.learn(
         steps or settings["steps"],
         callback=Curve(evaluation, settings["eval_every"], settings["episodes"], state, curve),

@@ -76,10 +76,14 @@ REPLAY: dict[str, dict[str, Any]] = {
 
 
 def make_env(task: str, n_envs: int, seed: int, training: bool) -> VecEnv:
-    """Environment of a task; Breakout with clipped rewards for training, and cut at 1,000 steps for evaluation."""
-    env_id = TASKS[task]["env"]
-    if not env_id.startswith("ALE/"):
-        return make_vec_env(env_id, n_envs, seed=seed)
+    """Environment of a task."""
+    if task == "breakout":
+        return make_breakout(n_envs, seed, training)
+    return make_vec_env(TASKS[task]["env"], n_envs, seed=seed)
+
+
+def make_breakout(n_envs: int, seed: int, training: bool) -> VecEnv:
+    """Breakout, four frames: with clipped rewards for training, cut at 1,000 steps for evaluation."""
 
     def make() -> gym.Env:
         env = Monitor(make_atari_env("Breakout"))

@@ -213,12 +213,9 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
             self.policy_target.load_state_dict(self.policy.state_dict())
 
     def _augment(self, observations: th.Tensor) -> th.Tensor:
-        if not isinstance(self.policy, CnnPolicy):
+        if not self.image_shift:
             return observations
-        observations = observations.float()
-        if self.image_shift:
-            observations = random_intensity(random_shift(observations, self.image_shift), 0.05)
-        return observations
+        return random_intensity(random_shift(observations, self.image_shift), 0.05)
 
     def reanalyze(self, batch: SequenceSamples) -> Targets:
         """
@@ -255,8 +252,7 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
         latent = net.represent(self._augment(observations[:, 0]))
         if self.consistency_coef:
             with th.no_grad():
-                later = observations[:, 1:].transpose(0, 1).flatten(0, 1)  # place by place
-                goals = net.projector(net.represent(self._augment(later))).chunk(steps)
+                goals = [net.projector(net.represent(self._augment(observations[:, k + 1]))) for k in range(steps)]
         value_logits, policy = net.predict(latent)
         first_value = self.policy.decode(value_logits.detach())
         zero = th.zeros(len(latent), device=self.device)

@@ -25,7 +25,8 @@ from sb3_ext.efficientzero.search import RecurrentOutput, SearchOutput, gumbel_s
 INNER_ACTIONS = 2
 """Sampled actions per node below the root, continuous control."""
 _EPS = 1e-3
-_CHUNK = 512
+_CHUNK = 1 << 21
+"""Numbers of observations encoded at once on a CPU: few enough for the caches, and for memory to be used again."""
 
 
 class Roots(NamedTuple):
@@ -206,7 +207,8 @@ class EfficientZeroPolicy(BasePolicy):
 
     def _roots(self, observations: th.Tensor) -> Roots:
         # in parts, because the first layers of images take much memory
-        latent = th.cat([self.network.represent(part) for part in th.split(observations, _CHUNK)])
+        rows = 512 if observations.is_cuda else max(_CHUNK // observations[0].numel(), 1)
+        latent = th.cat([self.network.represent(part) for part in th.split(observations, rows)])
         fast = self._fast_network()
         if fast is not None:
             return fast.roots(latent.numpy())

@@ -17,6 +17,7 @@ from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ext import EfficientZeroV2
@@ -30,9 +31,9 @@ from sb3_ext.common.losses import (
 from sb3_ext.common.sequences import SequenceReplayBuffer
 from sb3_ext.data import DatasetError, StackFrames, make_atari_env, record
 from sb3_ext.efficientzero.augment import random_intensity, random_shift
-from sb3_ext.efficientzero.gaussian import log_prob, sampled_entropy
+from sb3_ext.efficientzero.gaussian import log_prob, root_samples, sampled_entropy
 from sb3_ext.efficientzero.networks import CnnNetwork, RunningNorm
-from sb3_ext.efficientzero.policies import MlpPolicy
+from sb3_ext.efficientzero.policies import CnnPolicy, MlpPolicy
 from sb3_ext.efficientzero.targets import masks, mix_values, n_step_values
 
 SMALL: dict[str, Any] = {
@@ -283,27 +284,28 @@ def test_squashed_gaussian_density_integrates_to_one() -> None:
 
 
 def test_broad_sampling_at_the_root() -> None:
-    policy = make_policy(spaces.Box(-1, 1, (1,)))
     th.manual_seed(0)
-    drawn = th.atanh(policy._sample_roots(th.zeros(4000, 2), noise=True))
+    drawn = th.atanh(root_samples(th.zeros(4000, 2), 16, noise=True))
     narrow, broad = drawn[:, :4].std(), drawn[:, 4:].std()
     assert broad / narrow > 1.8  # three times, but for what the tanh's bound cuts off
-    fixed = policy._sample_roots(th.zeros(2, 2), noise=False)
+    fixed = root_samples(th.zeros(2, 2), 16, noise=False)
     assert (fixed[0] == fixed[1]).all()
     assert (fixed[:, 0] == 0).all()
 
 
 def test_augmentation() -> None:
-    images = th.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).float()
+    images = th.randint(0, 256, (20, 3, 8, 8), dtype=th.uint8)
     th.manual_seed(0)
     shifted = random_shift(images, 2)
-    padded = th.nn.functional.pad(images, (2, 2, 2, 2), mode="replicate")
+    assert shifted.dtype == th.uint8
+    assert not th.equal(shifted, images)
+    padded = th.nn.functional.pad(images.float(), (2, 2, 2, 2), mode="replicate").byte()
     for image, origin in zip(shifted, padded, strict=True):
         assert any(
             th.equal(image, origin[:, down : down + 8, right : right + 8]) for down in range(5) for right in range(5)
         )
     assert th.equal(random_shift(images, 0), images)
-    ratio = random_intensity(images + 1, 0.05) / (images + 1)
+    ratio = random_intensity(images // 2 + 1, 0.05) / (images // 2 + 1)
     assert ratio.flatten(1).std(1).max() < 1e-6
     assert (ratio - 1).abs().max() <= 0.1 + 1e-6
 
@@ -347,17 +349,53 @@ def test_seeds_are_bit_identical(env: str) -> None:
         assert th.equal(a, b)
 
 
-def test_images() -> None:
+@pytest.mark.parametrize(
+    ("policy", "policy_kwargs"),
+    [
+        ("CnnPolicy", TINY_CNN),
+        ("MlpPolicy", {**SMALL["policy_kwargs"], "features_extractor_class": NatureCNN}),
+    ],
+)
+def test_images(policy: str, policy_kwargs: dict[str, Any], tmp_path: Path) -> None:
     def make() -> gym.Env[Any, Any]:
         return Monitor(StackFrames(make_atari_env("Breakout"), 4))
 
     env = DummyVecEnv([make, make])
-    settings = {**SMALL, "policy_kwargs": TINY_CNN}
-    model = EfficientZeroV2("CnnPolicy", env, seed=0, optimize_memory_usage=True, **settings).learn(30)
+    settings = {**SMALL, "policy_kwargs": policy_kwargs}
+    model = EfficientZeroV2(policy, env, seed=0, optimize_memory_usage=True, **settings).learn(30)
     assert model.image_shift == 4
-    action, _ = model.predict(env.reset(), deterministic=True)
+    observations = env.reset()
+    action, _ = model.predict(observations, deterministic=True)
     assert action.shape == (2,)
     assert model._n_updates > 0
+    model.save(tmp_path / "model")
+    np.testing.assert_array_equal(
+        EfficientZeroV2.load(tmp_path / "model").predict(observations, None, None, True)[0], action
+    )
+
+
+def test_features_extractor_sees_what_sb3_shows_it() -> None:
+    space = spaces.Box(0, 255, (4, 36, 36), np.uint8)
+    policy = MlpPolicy(space, spaces.Discrete(3), lambda _: 1e-3, features_extractor_class=NatureCNN)
+    images = th.randint(0, 256, (3, 4, 36, 36), dtype=th.uint8)
+    extractor = policy.network.features_extractor
+    wanted = policy.network.representation(extractor(images / 255))
+    assert th.equal(policy.network.represent(images), wanted)
+    assert not th.equal(wanted[0], wanted[1])
+    unscaled = MlpPolicy(
+        space, spaces.Discrete(3), lambda _: 1e-3, features_extractor_class=NatureCNN,
+        features_extractor_kwargs={"features_dim": 8, "normalized_image": True}, normalize_images=False,
+    )  # fmt: skip
+    extractor = unscaled.network.features_extractor
+    assert th.equal(unscaled.network.represent(images), unscaled.network.representation(extractor(images.float())))
+
+
+def test_image_policy_takes_no_features_extractor() -> None:
+    with pytest.raises(ValueError, match="takes no features_extractor_class"):
+        CnnPolicy(
+            spaces.Box(0, 255, (4, 36, 36), np.uint8), spaces.Discrete(3), lambda _: 1e-3,
+            features_extractor_class=NatureCNN,
+        )  # fmt: skip
 
 
 def test_an_update_by_value_target() -> None:

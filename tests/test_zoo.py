@@ -25,7 +25,7 @@ from sb3_ext import BC, CQL, DQN, EfficientZeroV2, PrioritizedReplayBuffer, reco
 from sb3_ext.data import make_atari_env
 from sb3_ext.zoo.config import Algo, ZooError, known_algos, load_algo, parse_overrides, read_entries, resolve
 from sb3_ext.zoo.main import build_parser, main
-from sb3_ext.zoo.runs import Run, find_run, list_runs, new_run, steps_of
+from sb3_ext.zoo.runs import Run, find_run, list_runs, new_run, replay_buffer_of, steps_of
 from sb3_ext.zoo.tasks import find_task, make_envs
 
 DATASET = "cartpole/random-v0"
@@ -546,8 +546,103 @@ def test_efficientzero_trains_resumes_and_plays(here: Path) -> None:
     assert main(["enjoy", *start, "-n", "10"]) == 0
 
 
+EZ_SMALL = ("-params", "num_simulations:2", "batch_size:4", "learning_starts:20", "buffer_size:500")
+EZ_START = ["train", "--algo", "efficientzero", "--env", "CartPole-v1", "--device", "cpu", "--seed", "0"]
+
+
+def stop_efficientzero_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    original = EfficientZeroV2.compute_loss
+
+    def compute_loss(self: EfficientZeroV2, batch: Any) -> Any:
+        if self.num_timesteps == step:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, batch)
+
+    patch.setattr(EfficientZeroV2, "compute_loss", compute_loss)
+
+
+def test_efficientzero_in_parts_by_one_command(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [*EZ_START, "--eval-freq", "30", "--eval-episodes", "1", "-n", "100", "--resume", *EZ_SMALL]
+    run = Run(here / "logs" / "efficientzero" / "CartPole-v1_1", "CartPole-v1", 1)
+    seen: dict[int, Path] = {}
+    for step in (33, 62, None):
+        with monkeypatch.context() as patch:
+            if step:
+                stop_efficientzero_at(patch, step)
+            assert main(command) == 0
+        assert steps_of(run.final) == (step + 1 if step else 100), "SB3 looks for a stop after the next step"
+        assert seen.keys() <= run.checkpoints().keys(), "checkpoints of earlier parts stay"
+        seen = run.checkpoints()
+        buffers = sorted(p.name for p in run.path.glob("*replay_buffer*"))
+        last = (steps_of(run.final) or 0) // 5 * 5
+        wanted = {f"replay_buffer_{steps_of(run.final)}_steps.pkl", f"rl_model_replay_buffer_{last}_steps.pkl"}
+        assert wanted <= set(buffers)
+        assert len(buffers) <= 3
+    assert set(seen) == set(range(5, 101, 5))
+    with np.load(run.path / "evaluations.npz") as file:
+        assert file["timesteps"].tolist() == [30, 60, 90]
+    model = EfficientZeroV2.load(run.final, device="cpu")
+    model.load_replay_buffer(run.path / "replay_buffer_100_steps.pkl")
+    assert model.replay_buffer is not None
+    assert model.replay_buffer.pos == 100 - 2, "a stop loses the step that SB3 had not stored yet"
+    assert main(command) == 0
+    assert not list(run.path.glob(".*"))
+
+
+def test_efficientzero_killed_goes_on_from_its_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*EZ_START, "--eval-freq", "-1", "-n", "90", "--resume", "--save-freq", "10", *EZ_SMALL]
+    code = (
+        "import os, signal, sys; from sb3_ext import EfficientZeroV2; from sb3_ext.zoo.main import main\n"
+        "original = EfficientZeroV2.save_replay_buffer\n"
+        "def save(self, path):\n"
+        "    if self.num_timesteps < 50: return original(self, path)\n"
+        "    path.with_name('.rl_model.' + 'a' * 32 + '.pkl').write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "EfficientZeroV2.save_replay_buffer = save\n"
+        "main(sys.argv[1:])"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    run = find_run("logs", "efficientzero", "CartPole-v1")
+    assert max(run.checkpoints()) == 40
+    copy = run.path.parent.parent / "copy" / "efficientzero"
+    shutil.copytree(run.path.parent, copy)
+    for folder in ("logs", "logs/copy"):
+        assert main([*command, "-f", folder]) == 0
+        assert "rl_model_40_steps.zip (40 steps)" in capsys.readouterr().out
+    one, two = (
+        EfficientZeroV2.load(Run(path, "CartPole-v1", 1).final, device="cpu")
+        for path in (run.path, copy / run.path.name)
+    )
+    assert one.num_timesteps == 90
+    for a, b in zip(one.policy.state_dict().values(), two.policy.state_dict().values(), strict=True):
+        assert th.equal(a, b)
+    assert not list(run.path.glob(".*"))
+
+
+def test_model_and_replay_buffer_of_two_parts_are_never_mixed_up(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off between the final buffer and the final model: the older pair is taken."""
+    words = ["--eval-freq", "-1", *EZ_SMALL]
+    assert main([*EZ_START, "-n", "30", "--save-replay-buffer", *words]) == 0
+    run = find_run("logs", "efficientzero", "CartPole-v1")
+    assert replay_buffer_of(run.final).name == "replay_buffer.pkl"
+    for done, n in ((30, 40), (40, 50)):
+        with monkeypatch.context() as patch:
+            patch.setattr(EfficientZeroV2, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert main([*EZ_START, "-n", str(n), "--resume", "--save-freq", "1000", *words]) == 130
+        assert run.newest() == (done, run.final)
+        model = EfficientZeroV2.load(run.final, device="cpu")
+        model.load_replay_buffer(replay_buffer_of(run.final))
+        assert model.replay_buffer is not None
+        assert model.replay_buffer.pos == done
+        assert main([*EZ_START, "-n", str(n), "--resume", "--save-freq", "1000", *words]) == 0
+        assert replay_buffer_of(run.final).name == f"replay_buffer_{n}_steps.pkl"
+    assert not (run.path / "replay_buffer.pkl").exists()
+
+
 def test_efficientzero_has_the_papers_setting_for_atari(here: Path) -> None:
-    sizes = "{channels: 4, head_channels: 4, head_size: 8, projection_size: 8}"
+    sizes = "{channels: 4, head_channels: 4, head_size: 8, projection_size: 8, value_prefix: true, prefix_size: 8}"
     tiny = f"policy_kwargs:{{optimizer_class: SGD, network_kwargs: {sizes}}}"
     small = ("-params", "num_simulations:2", "batch_size:4", "learning_starts:12", "buffer_size:200", "n_envs:2", tiny)
     start = ["--algo", "efficientzero", "--env", "ALE/Breakout-v5", "--device", "cpu"]
@@ -556,3 +651,5 @@ def test_efficientzero_has_the_papers_setting_for_atari(here: Path) -> None:
     model = EfficientZeroV2.load(run / "ALE-Breakout-v5.zip", device="cpu")
     assert isinstance(model.policy.optimizer, th.optim.SGD)
     assert (model.mixed_start, model.optimize_memory_usage, model._n_updates) == (30_000, True, 8)
+    _, entries = read_entries(load_algo("efficientzero"), None)
+    assert entries["atari"]["policy_kwargs"]["network_kwargs"] == {"value_prefix": True}

@@ -189,6 +189,11 @@ class PrioritizedReplayBuffer(ReplayBuffer):
             self._pending[complete] -= 1
         self._close(np.asarray(done, bool))
 
+    def end_sequences(self) -> None:
+        """Say that every environment begins anew: what comes next does not follow what was added last."""
+        if self._watch:
+            self._close(self._goes_on.copy())
+
     def _close(self, envs: NDArray[np.bool_]) -> None:
         """End the sequences of these environments at the newest transition: all their returns are complete now."""
         if not envs.any():

@@ -26,6 +26,8 @@ class SequenceSamples(NamedTuple):
     :param ages: transitions collected by all environments since the window's first one, ``[B]``
     :param weights: importance weights, tensor ``[B, 1]``
     :param indices: of the first transitions, for ``update_priorities``, ``[B]``
+    :param masks: legal actions in each observation, ``[B, L + 1, A]``; a row without any: not known;
+        None: none is known
     """
 
     observations: NDArray[Any]
@@ -36,6 +38,7 @@ class SequenceSamples(NamedTuple):
     ages: NDArray[np.int64]
     weights: th.Tensor
     indices: NDArray[np.int64]
+    masks: NDArray[np.bool_] | None = None
 
 
 class SequenceReplayBuffer(PrioritizedReplayBuffer):
@@ -73,6 +76,23 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
         self.length, self.min_weight = length, min_weight
         # sequences must be told apart at every step, also without n-step returns
         self._watch = True
+        self._masks: NDArray[np.bool_] | None = None
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        """See :meth:`PrioritizedReplayBuffer.add`; masks, if there are any, come afterwards by :meth:`add_masks`."""
+        if self._masks is not None:
+            self._masks[self.pos] = False
+        super().add(*args, **kwargs)
+
+    def add_masks(self, masks: NDArray[np.bool_]) -> None:
+        """
+        Say which actions were legal in the observations of the transitions that were added last.
+
+        :param masks: ``[n_envs, A]``, each with a legal action
+        """
+        if self._masks is None:
+            self._masks = np.zeros((self.buffer_size, *masks.shape), bool)
+        self._masks[self.pos - 1] = masks
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> SequenceSamples:  # type: ignore[override]
         """
@@ -121,4 +141,21 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
             ages=newest * self.n_envs,
             weights=th.from_numpy(weights.reshape(-1, 1)).to(self.device),
             indices=indices,
+            masks=None if self._masks is None else self._window_masks(self._masks, step, which, lengths),
         )
+
+    def _window_masks(
+        self,
+        masks: NDArray[np.bool_],
+        step: NDArray[np.int64],
+        which: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+    ) -> NDArray[np.bool_]:
+        """Masks of a window's observations; of its last one only where its sequence goes on."""
+        places = np.arange(self.length + 1)
+        slots = (step[:, None] + places) % self.buffer_size
+        found: NDArray[np.bool_] = masks[slots, which[:, None]]
+        last = (step + lengths - 1) % self.buffer_size
+        goes_on = ~self._ends[last, which] & (last != (self.pos - 1) % self.buffer_size)
+        found[places >= (lengths + goes_on)[:, None]] = False
+        return found

@@ -9,6 +9,7 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_ext.common.checkpoint import atomic_path
 from sb3_ext.common.prioritized import PrioritizedReplayBuffer
@@ -41,12 +42,21 @@ class WeightedMixin(OffPolicyAlgorithm):
         super()._setup_model()
         self.n_steps = n_steps
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[int, BaseCallback]:
         # SB3 marks the newest transition as terminal where its own buffer loses final observations; ours keeps them
         optimize, ours = self.optimize_memory_usage, isinstance(self.replay_buffer, PrioritizedReplayBuffer)
         self.optimize_memory_usage = optimize and not ours
+        if isinstance(self.replay_buffer, PrioritizedReplayBuffer) and (reset_num_timesteps or self._last_obs is None):
+            self.replay_buffer.end_sequences()
         try:
-            return super()._setup_learn(*args, **kwargs)
+            return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
         finally:
             self.optimize_memory_usage = optimize
 
@@ -78,9 +88,24 @@ class WeightedMixin(OffPolicyAlgorithm):
         :param include: see SB3
         """
         if isinstance(path, (str, pathlib.Path)):
-            final = pathlib.Path(path)
-            named = final if final.suffix else final.with_suffix(".zip")
-            with atomic_path(named) as partial, partial.open("wb") as file:
+            with atomic_path(_named(path, ".zip")) as partial, partial.open("wb") as file:
                 super().save(file, exclude, include)
         else:
             super().save(path, exclude, include)
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer as SB3 does, and as :meth:`save` never leave a half-written file.
+
+        :param path: file name (``.pkl`` is added) or open file
+        """
+        if isinstance(path, (str, pathlib.Path)):
+            with atomic_path(_named(path, ".pkl")) as partial, partial.open("wb") as file:
+                super().save_replay_buffer(file)
+        else:
+            super().save_replay_buffer(path)
+
+
+def _named(path: str | pathlib.Path, suffix: str) -> pathlib.Path:
+    final = pathlib.Path(path)
+    return final if final.suffix else final.with_suffix(suffix)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import pathlib
+from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from numpy.typing import NDArray
@@ -13,23 +15,24 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import configure_logger
 
-from sb3_ext.common.losses import cross_entropy, negative_cosine
+from sb3_ext.common.resume import random_state, restore_random_state
 from sb3_ext.common.sequences import SequenceReplayBuffer, SequenceSamples
 from sb3_ext.common.training import LossOutput
 from sb3_ext.common.weighted import WeightedMixin
 from sb3_ext.data.minari import DatasetLike
 from sb3_ext.efficientzero.augment import random_intensity, random_shift
 from sb3_ext.efficientzero.explain import Explanation, explain
-from sb3_ext.efficientzero.gaussian import log_prob, sampled_entropy
+from sb3_ext.efficientzero.masking import MaskedCollection
+from sb3_ext.efficientzero.meter import Rate, flush_rate
 from sb3_ext.efficientzero.offline import fill_replay_buffer
 from sb3_ext.efficientzero.policies import CnnPolicy, EfficientZeroPolicy, MlpPolicy
 from sb3_ext.efficientzero.reanalysis import Targets, reanalyze
-from sb3_ext.efficientzero.targets import masks
+from sb3_ext.efficientzero.unroll import unrolled_loss
 
 VALUE_TARGETS = ("mixed", "n_step", "search")
 
 
-class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
+class EfficientZeroV2(WeightedMixin, MaskedCollection):
     """
     EfficientZero V2 (Wang et al., 2024, https://arxiv.org/abs/2403.00564): a learned latent model, searched with Gumbel
     sequential halving, for discrete and continuous actions, images and vectors.
@@ -39,8 +42,9 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
     what was found, and its latent states towards the encoded observations (SimSiam). Nothing runs in parallel, so a
     seed gives the same result on any machine of the same kind.
 
-    Unlike the paper: rewards are predicted per step, not as value prefixes; values may be negative for continuous
-    control too. docs/efficientzero.md lists all differences.
+    Unlike the paper: values may be negative for continuous control too; value prefixes, which the paper has on Atari,
+    are an option, ``policy_kwargs=dict(network_kwargs=dict(value_prefix=True))``. docs/efficientzero.md lists all
+    differences.
 
     :param policy: ``"MlpPolicy"`` for vectors, ``"CnnPolicy"`` for images, or a class
     :param env: environment with ``Box`` observations, and ``Discrete`` or ``Box`` actions
@@ -73,6 +77,9 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
     :param replay_buffer_kwargs: arguments of :class:`~sb3_ext.common.sequences.SequenceReplayBuffer`, such as
         ``alpha`` and ``beta``
     :param policy_kwargs: arguments of :class:`~sb3_ext.efficientzero.policies.EfficientZeroPolicy`
+    :param torch_compile: compile the network's functions: a minute at the start; measure whether it gains anything
+    :param bf16: run the network in bfloat16, in training and search. The search of an MLP on a CPU is compiled and
+        float32 in any case
     :param stats_window_size: as in SB3
     :param tensorboard_log: as in SB3
     :param verbose: as in SB3
@@ -83,6 +90,7 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
     """
 
     policy_aliases: ClassVar[dict[str, Any]] = {"MlpPolicy": MlpPolicy, "CnnPolicy": CnnPolicy}
+    _random_state: dict[str, Any] | None = None
     policy: EfficientZeroPolicy
     policy_target: EfficientZeroPolicy
 
@@ -116,6 +124,8 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
         optimize_memory_usage: bool = False,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
+        torch_compile: bool = False,
+        bf16: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         verbose: int = 0,
@@ -170,14 +180,19 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
         self.reward_coef, self.value_coef, self.policy_coef = reward_coef, value_coef, policy_coef
         self.consistency_coef, self.ent_coef = consistency_coef, ent_coef
         self.max_grad_norm, self.image_shift = max_grad_norm, image_shift
+        self.torch_compile, self.bf16 = torch_compile, bf16
+        self._update_rate = Rate()
         if _init_setup_model:
             self._setup_model()
 
     def _setup_model(self) -> None:
         self._check_spaces()
         plain, n_steps = self.policy_kwargs, self.n_steps
-        search = ("num_simulations", "max_num_considered_actions", "num_sampled_actions", "gamma")
-        self.policy_kwargs = {name: getattr(self, name) for name in search} | plain
+        names = (
+            *("num_simulations", "max_num_considered_actions", "num_sampled_actions", "gamma"),
+            *("torch_compile", "bf16"),
+        )
+        self.policy_kwargs = {name: getattr(self, name) for name in names} | plain
         buffer_kwargs = self.replay_buffer_kwargs
         length = self.unroll_steps + (0 if self.value_target == "search" else n_steps)
         self.replay_buffer_kwargs = {"alpha": 1.0, "beta": 1.0, **buffer_kwargs, "length": length}
@@ -212,7 +227,13 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
         if self._n_updates % self.target_update_interval == 0:
             self.policy_target.load_state_dict(self.policy.state_dict())
 
-    def _augment(self, observations: th.Tensor) -> th.Tensor:
+    def augment(self, observations: th.Tensor) -> th.Tensor:
+        """
+        Shift images and change their intensity at random; leave vectors alone.
+
+        :param observations: ``[B, *obs_shape]``
+        :return: the same shape
+        """
         if not self.image_shift:
             return observations
         return random_intensity(random_shift(observations, self.image_shift), 0.05)
@@ -232,89 +253,29 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
 
     def compute_loss(self, batch: SequenceSamples) -> LossOutput:
         """
-        Loss of windows unrolled through the model.
+        Loss of windows unrolled through the model; see :func:`~sb3_ext.efficientzero.unroll.unrolled_loss`.
 
         :param batch: windows of the replay buffer
         :return: loss and error of the value at the first place, ``[B]``, and metrics
         :raises FloatingPointError: if a term is not finite, on a CPU; names it
         """
-        targets = self.reanalyze(batch)
-        net, steps = self.policy.network, self.unroll_steps
-        policy_mask, value_mask, reward_mask = (
-            th.from_numpy(mask).to(self.device) for mask in masks(batch.lengths, batch.terminated, steps)
-        )
-        inside = th.from_numpy((np.arange(steps) < batch.lengths[:, None]).astype(np.float32)).to(self.device)
-        observations = th.from_numpy(batch.observations[:, : steps + 1]).to(self.device)
-        actions = th.from_numpy(batch.actions[:, :steps]).to(self.device)
-        rewards = self.policy.encode(th.from_numpy(batch.rewards[:, :steps]).to(self.device))
-        values = self.policy.encode(targets.values)
+        return unrolled_loss(self, batch, self.reanalyze(batch))
 
-        latent = net.represent(self._augment(observations[:, 0]))
-        if self.consistency_coef:
-            with th.no_grad():
-                goals = [net.projector(net.represent(self._augment(observations[:, k + 1]))) for k in range(steps)]
-        value_logits, policy = net.predict(latent)
-        first_value = self.policy.decode(value_logits.detach())
-        zero = th.zeros(len(latent), device=self.device)
-        terms = {
-            "value_loss": cross_entropy(value_logits, values[:, 0]) * value_mask[:, 0],
-            "policy_loss": self._policy_loss(policy, targets, 0) * policy_mask[:, 0],
-            "reward_loss": zero, "consistency_loss": zero, "entropy": self._entropy(policy),
-        }  # fmt: skip
-        for k in range(steps):
-            latent = net.dynamics(latent, self.policy.action_input(actions[:, k]))
-            terms["reward_loss"] = (
-                terms["reward_loss"] + cross_entropy(net.reward_head(latent), rewards[:, k]) * reward_mask[:, k]
-            )
-            if self.consistency_coef:
-                similar = negative_cosine(net.predictor(net.projector(latent)), goals[k])
-                terms["consistency_loss"] = terms["consistency_loss"] + similar * inside[:, k]
-            value_logits, policy = net.predict(latent)
-            terms["value_loss"] = (
-                terms["value_loss"] + cross_entropy(value_logits, values[:, k + 1]) * value_mask[:, k + 1]
-            )
-            terms["policy_loss"] = (
-                terms["policy_loss"] + self._policy_loss(policy, targets, k + 1) * policy_mask[:, k + 1]
-            )
-            terms["entropy"] = terms["entropy"] + self._entropy(policy) * policy_mask[:, k + 1]
-            latent.register_hook(lambda grad: grad * 0.5)
-        loss = (
-            self.value_coef * terms["value_loss"]
-            + self.policy_coef * terms["policy_loss"]
-            + self.reward_coef * terms["reward_loss"]
-            + self.consistency_coef * terms["consistency_loss"]
-        ) / steps
-        if not self.policy.discrete:
-            loss = loss - self.ent_coef * terms["entropy"] / steps
-        td_error = targets.values[:, 0] - first_value
-        if loss.device.type == "cpu" and not th.isfinite(loss + td_error).all():
-            known = {"value_target": targets.values, **terms}
-            bad = [name for name, term in known.items() if not th.isfinite(term).all()]
-            raise FloatingPointError(
-                f"{' and '.join(bad)} of update {self._n_updates} is not finite. Check the rewards' scale, or lower "
-                "the learning rate; checkpoints written before this update are intact."
-            )
-        metrics = {name: term.mean() / steps for name, term in terms.items()}
-        metrics["value_error"] = td_error.abs().mean()
-        metrics["value_mean"] = first_value.mean()
-        metrics["search_depth"] = zero[0] + targets.depth
-        return LossOutput(loss, td_error, metrics)
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        """See :meth:`~sb3_ext.common.weighted.WeightedMixin.train`."""
+        with self._update_rate.measure(gradient_steps):
+            super().train(gradient_steps, batch_size)
 
-    def _policy_loss(self, policy: th.Tensor, targets: Targets, place: int) -> th.Tensor:
-        """Cross entropy to the improved policy; with several action dimensions, only of the chosen sample."""
-        if targets.actions is None:
-            return cross_entropy(policy, targets.policy[:, place])
-        samples = targets.actions[:, place]
-        if samples.shape[-1] == 1:
-            return -(targets.policy[:, place] * log_prob(policy, samples)).sum(1)
-        best = samples[th.arange(len(samples)), targets.best[:, place]]
-        return -log_prob(policy, best[:, None]).squeeze(1)
-
-    def _entropy(self, policy: th.Tensor) -> th.Tensor:
-        if self.policy.discrete:
-            logs = policy.detach().log_softmax(1)
-            return -(logs.exp() * logs).sum(1)
-        return sampled_entropy(policy)
+    def dump_logs(self) -> None:
+        """Write the log, with the speed since the last time."""
+        rates = self.policy.search_rate, self.policy_target.search_rate
+        for name, rate in (
+            ("search_simulations", flush_rate(*rates)),
+            ("updates", flush_rate(self._update_rate)),
+        ):
+            if rate is not None:
+                self.logger.record(f"time/{name}_per_second", rate)
+        super().dump_logs()
 
     def pretrain(self, dataset: DatasetLike, gradient_steps: int) -> Self:
         """
@@ -335,16 +296,17 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
         self.train(gradient_steps, self.batch_size)
         return self
 
-    def explain(self, observation: NDArray[Any], deterministic: bool = True) -> Explanation:
+    def explain(self, observation: NDArray[Any], deterministic: bool = True, action_masks: Any = None) -> Explanation:
         """
         Search once from one observation and say what the search did: ``print`` it, or ``draw`` its tree.
 
         :param observation: as for ``predict``, a single one
         :param deterministic: without Gumbel noise
+        :param action_masks: as for ``predict``
         :return: see :class:`~sb3_ext.efficientzero.explain.Explanation`
-        :raises ValueError: if it is a batch
+        :raises ValueError: if it is a batch, or the masks do not fit
         """
-        return explain(self.policy, observation, deterministic)
+        return explain(self.policy, observation, deterministic, action_masks)
 
     def learn(
         self,
@@ -358,6 +320,10 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
         """
         Collect and learn, as in SB3.
 
+        The first call after ``load`` with ``reset_num_timesteps=False`` goes on with the random state that was saved.
+        If the environment is reset then, it is seeded with ``seed + num_timesteps``: with the seed alone every part of
+        a run would begin with the same episodes.
+
         :param total_timesteps: environment steps
         :param callback: SB3 callbacks
         :param log_interval: episodes between log lines
@@ -366,10 +332,28 @@ class EfficientZeroV2(WeightedMixin, OffPolicyAlgorithm):
         :param progress_bar: show progress
         :return: self
         """
+        if self._random_state is not None and not reset_num_timesteps:
+            if self._last_obs is None and self.seed is not None and self.env is not None:
+                self.env.seed(self.seed + self.num_timesteps)
+            restore_random_state(self, self._random_state)
+        self._random_state = None
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """See :meth:`~sb3_ext.common.weighted.WeightedMixin.save`; with the random state."""
+        self._random_state, before = random_state(self), self._random_state
+        try:
+            super().save(path, exclude, include)
+        finally:
+            self._random_state = before
+
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "policy_target"]
+        return [*super()._excluded_save_params(), "policy_target", "_update_rate"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy_target", "policy.optimizer"], []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sb3_ext.efficientzero.masking import legal_actions
 from sb3_ext.efficientzero.search import Tree, principal_line
 
 if TYPE_CHECKING:
@@ -106,22 +107,26 @@ def _places(children: NDArray[np.int64]) -> NDArray[np.float64]:
     return places
 
 
-def explain(policy: EfficientZeroPolicy, observation: NDArray[Any], deterministic: bool = True) -> Explanation:
+def explain(
+    policy: EfficientZeroPolicy, observation: NDArray[Any], deterministic: bool = True, action_masks: Any = None
+) -> Explanation:
     """
     Search once from one observation.
 
     :param policy: the policy
     :param observation: as for ``predict``, a single one
     :param deterministic: without Gumbel noise
+    :param action_masks: legal actions, ``[A]``
     :return: what the search did
-    :raises ValueError: if it is a batch
+    :raises ValueError: if it is a batch, or the masks do not fit
     """
     tensor, _ = policy.obs_to_tensor(observation)
     if len(tensor) != 1:
         raise ValueError(f"explain() takes one observation, this is a batch of {len(tensor)}.")
+    invalid = None if action_masks is None else ~legal_actions(action_masks, 1, policy.action_space)
     with policy.repeatable(deterministic):
         roots = policy.roots(tensor)  # type: ignore[arg-type]
-        out, sampled = policy.plan(roots, noise=not deterministic)
+        out, sampled = policy.plan(roots, noise=not deterministic, invalid=invalid)
     slot = int(out.actions[0])
     action: Any = np.int64(slot)
     if sampled is not None:

@@ -10,6 +10,9 @@ from torch.nn import functional as F
 BOUND = 0.999
 """Largest absolute action, so that atanh stays finite."""
 
+INNER_ACTIONS = 2
+"""Sampled actions per node below the root."""
+
 
 def squashed_normal(policy: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
@@ -48,3 +51,40 @@ def sampled_entropy(policy: th.Tensor, samples: int = 32) -> th.Tensor:
     mean, std = squashed_normal(policy)
     actions = th.tanh(mean[:, None] + std[:, None] * th.randn(len(mean), samples, mean.shape[1], device=mean.device))
     return -log_prob(policy, actions).mean(1)
+
+
+def root_samples(policy: th.Tensor, count: int, noise: bool) -> th.Tensor:
+    """
+    Actions that a root considers.
+
+    :param policy: output of the policy head, ``[B, 2 D]``
+    :param count: samples, S
+    :param noise: a quarter from the policy, the rest with three times its standard deviation; else all from the policy,
+        its mode first, with noise that is the same in every call
+    :return: ``[B, S, D]``
+    """
+    mean, std = squashed_normal(policy)
+    shape = (len(mean), count, mean.shape[1])
+    if noise:
+        draw = th.randn(shape, device=mean.device)
+        draw[:, max(count // 4, 1) :] *= 3
+    else:
+        fixed = th.randn(shape[1:], generator=th.Generator().manual_seed(0))
+        fixed[0] = 0
+        draw = fixed.to(mean.device).expand(shape)
+    return th.tanh(mean[:, None] + std[:, None] * draw).clamp(-BOUND, BOUND)
+
+
+def inner_samples(policy: th.Tensor, slots: int) -> th.Tensor:
+    """
+    Actions that a node below the root considers.
+
+    :param policy: output of the policy head, ``[B, 2 D]``
+    :param slots: places for samples, S
+    :return: ``[B, S, D]``, 0 behind the first :data:`INNER_ACTIONS` samples
+    """
+    mean, std = squashed_normal(policy)
+    draw = th.randn(len(mean), INNER_ACTIONS, mean.shape[1], device=mean.device)
+    actions = th.zeros(len(mean), slots, mean.shape[1], device=mean.device)
+    actions[:, :INNER_ACTIONS] = th.tanh(mean[:, None] + std[:, None] * draw).clamp(-BOUND, BOUND)
+    return actions

@@ -9,6 +9,8 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
+from sb3_ext.efficientzero.prefix import Memory, ValuePrefix
+
 
 class Residual(nn.Module):
     """
@@ -78,7 +80,30 @@ def _zero_last(layers: nn.Sequential) -> nn.Sequential:
     return layers
 
 
-class MlpNetwork(nn.Module):
+class LatentNetwork(nn.Module):
+    """What both networks share: the reward head is that of one step, or predicts value prefixes."""
+
+    reward_head: nn.Sequential | ValuePrefix
+
+    @property
+    def horizon(self) -> int:
+        """Steps per value prefix; 0: rewards are predicted step by step."""
+        return self.reward_head.horizon if isinstance(self.reward_head, ValuePrefix) else 0
+
+    def start(self, rows: int) -> Memory | None:
+        """Memory of the reward head at the root; None: it has none."""
+        return self.reward_head.start(rows) if isinstance(self.reward_head, ValuePrefix) else None
+
+    def reward(self, latent: th.Tensor, memory: Memory | None) -> tuple[th.Tensor, Memory | None]:
+        """Logits of the reward (or value prefix) of the step that leads to latent states, and the memory after it."""
+        if isinstance(self.reward_head, ValuePrefix):
+            assert memory is not None
+            logits, memory = self.reward_head(latent, memory)
+            return logits, memory
+        return self.reward_head(latent), None
+
+
+class MlpNetwork(LatentNetwork):
     """
     The network for vectors: pre-norm residual MLPs.
 
@@ -95,6 +120,9 @@ class MlpNetwork(nn.Module):
     :param features_extractor: what turns an observation into a vector, of SB3's kind; None: the flat observation,
         standardised
     :param normalize_images: give the features extractor images divided by 255
+    :param value_prefix: predict sums of rewards, see :class:`~sb3_ext.efficientzero.prefix.ValuePrefix`
+    :param prefix_horizon: steps per sum
+    :param prefix_size: units of the LSTM
     """
 
     def __init__(
@@ -108,6 +136,9 @@ class MlpNetwork(nn.Module):
         projection_size: int = 128,
         features_extractor: BaseFeaturesExtractor | None = None,
         normalize_images: bool = True,
+        value_prefix: bool = False,
+        prefix_horizon: int = 5,
+        prefix_size: int = 128,
     ) -> None:
         super().__init__()
         self.support_size, h = support_size, latent_size
@@ -123,7 +154,11 @@ class MlpNetwork(nn.Module):
         )
         self.step = nn.Sequential(*_block(h + action_size, h), nn.Linear(h, h))
         self.settle = nn.Sequential(*(_pre_norm(h) for _ in range(blocks)), nn.LayerNorm(h))
-        self.reward_head = _zero_last(nn.Sequential(*_block(h, h), nn.Linear(h, support_size)))
+        if value_prefix:
+            head = _zero_last(nn.Sequential(nn.LayerNorm(prefix_size), nn.ReLU(), nn.Linear(prefix_size, support_size)))
+            self.reward_head = ValuePrefix(nn.Sequential(*_block(h, h)), h, prefix_size, head, prefix_horizon)
+        else:
+            self.reward_head = _zero_last(nn.Sequential(*_block(h, h), nn.Linear(h, support_size)))
         self.prediction = _zero_last(nn.Sequential(*_block(h, h), nn.Linear(h, support_size + policy_size)))
         self.projector = nn.Sequential(*_block(h, projection_size), nn.Linear(projection_size, h))
         self.predictor = nn.Sequential(*_block(h, projection_size), nn.Linear(projection_size, h))
@@ -174,24 +209,34 @@ class ResBlock(nn.Module):
         return th.relu(self.layers(x) + self.skip(x))
 
 
-class _Head(nn.Sequential):
-    """1x1 convolution to few channels, then a small MLP."""
-
-    def __init__(self, channels: int, cells: int, reduced: int, hidden: int, out: int) -> None:
-        super().__init__(
-            *(nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU(), nn.Flatten()),
-            *(nn.Linear(reduced * cells, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ELU(), nn.Linear(hidden, out)),
-        )
-        _zero_last(self)
+def _squeeze(channels: int, reduced: int) -> list[nn.Module]:
+    """1x1 convolution to few channels."""
+    return [nn.Conv2d(channels, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU(), nn.Flatten()]
 
 
-class CnnNetwork(nn.Module):
+def _small_mlp(n_in: int, hidden: int, out: int) -> list[nn.Module]:
+    return [nn.Linear(n_in, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ELU(), nn.Linear(hidden, out)]
+
+
+def _head(channels: int, cells: int, reduced: int, hidden: int, out: int) -> nn.Sequential:
+    return _zero_last(nn.Sequential(*_squeeze(channels, reduced), *_small_mlp(reduced * cells, hidden, out)))
+
+
+def _prefix_head(
+    channels: int, cells: int, reduced: int, size: int, hidden: int, out: int, horizon: int
+) -> ValuePrefix:
+    head = nn.Sequential(nn.BatchNorm1d(size), nn.ReLU(), *_small_mlp(size, hidden, out))
+    features = nn.Sequential(*_squeeze(channels, reduced))
+    return ValuePrefix(features, reduced * cells, size, _zero_last(head), horizon)
+
+
+class CnnNetwork(LatentNetwork):
     """
     The residual network for images (Wang et al., 2024, appendix).
 
     Pictures of 32 pixels or more are halved four times (96x96 becomes 6x6), smaller ones keep their size.
 
-    Unlike the paper, the reward head says the reward of one step, not a value prefix.
+    The paper has ``value_prefix=True`` on Atari, and False for continuous control.
 
     :param observation_space: channel-first images
     :param action_size: numbers that describe an action; they are spread over planes
@@ -201,6 +246,9 @@ class CnnNetwork(nn.Module):
     :param head_channels: channels behind the heads' 1x1 convolution
     :param head_size: hidden units of the heads
     :param projection_size: hidden units of the heads of the self-supervised loss
+    :param value_prefix: predict sums of rewards, see :class:`~sb3_ext.efficientzero.prefix.ValuePrefix`
+    :param prefix_horizon: steps per sum
+    :param prefix_size: units of the LSTM
     :raises ValueError: if an image is smaller than the strides need
     """
 
@@ -214,6 +262,9 @@ class CnnNetwork(nn.Module):
         head_channels: int = 16,
         head_size: int = 32,
         projection_size: int = 1024,
+        value_prefix: bool = False,
+        prefix_horizon: int = 5,
+        prefix_size: int = 512,
     ) -> None:
         super().__init__()
         planes, height, width = observation_space.shape
@@ -242,10 +293,14 @@ class CnnNetwork(nn.Module):
         )
         self.step = nn.Sequential(nn.Conv2d(c + head_channels, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c))
         self.settle = ResBlock(c)
-        self.reward_head = _Head(c, cells, head_channels, head_size, support_size)
+        sizes = c, cells, head_channels
+        if value_prefix:
+            self.reward_head = _prefix_head(*sizes, prefix_size, head_size, support_size, prefix_horizon)
+        else:
+            self.reward_head = _head(*sizes, head_size, support_size)
         self.trunk = ResBlock(c)
-        self.value_head = _Head(c, cells, head_channels, head_size, support_size)
-        self.policy_head = _Head(c, cells, head_channels, head_size, policy_size)
+        self.value_head = _head(*sizes, head_size, support_size)
+        self.policy_head = _head(*sizes, head_size, policy_size)
         p = projection_size
         self.projector = nn.Sequential(
             *(nn.Flatten(), nn.Linear(c * cells, p), nn.BatchNorm1d(p), nn.ReLU()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -13,34 +13,20 @@ from numpy.typing import NDArray
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from torch import nn
 from torch.nn import functional as F
 
 from sb3_ext.common.losses import inverse_value_transform, two_hot, value_transform
-from sb3_ext.efficientzero.fast import FastMlp, compile_mlp, decode
-from sb3_ext.efficientzero.gaussian import BOUND, squashed_normal
-from sb3_ext.efficientzero.networks import CnnNetwork, MlpNetwork
+from sb3_ext.efficientzero.calls import Calls
+from sb3_ext.efficientzero.fast_network import EPS, FastNetwork, Roots
+from sb3_ext.efficientzero.gaussian import INNER_ACTIONS, inner_samples, root_samples, squashed_normal
+from sb3_ext.efficientzero.masking import MaskedPolicy
+from sb3_ext.efficientzero.meter import Rate
+from sb3_ext.efficientzero.networks import CnnNetwork, LatentNetwork, MlpNetwork
+from sb3_ext.efficientzero.prefix import start_parts, step_parts
 from sb3_ext.efficientzero.search import RecurrentOutput, SearchOutput, gumbel_search
 
-INNER_ACTIONS = 2
-"""Sampled actions per node below the root, continuous control."""
-_EPS = 1e-3
 _CHUNK = 1 << 21
 """Numbers of observations encoded at once on a CPU: few enough for the caches, and for memory to be used again."""
-
-
-class Roots(NamedTuple):
-    """
-    What the network says of observations.
-
-    :param latent: latent states, ``[B, ...]``, tensor or numpy array
-    :param values: ``[B]``, in units of return
-    :param policy: output of the policy head, ``[B, policy_size]``
-    """
-
-    latent: Any
-    values: Any
-    policy: Any
 
 
 @contextmanager
@@ -56,7 +42,7 @@ def _evaluating(module: BasePolicy) -> Iterator[None]:
             module.set_training_mode(True)
 
 
-class EfficientZeroPolicy(BasePolicy):
+class EfficientZeroPolicy(MaskedPolicy):
     """
     Acts by Gumbel search over latent states; the base of ``MlpPolicy`` and ``CnnPolicy``.
 
@@ -73,7 +59,9 @@ class EfficientZeroPolicy(BasePolicy):
     :param support_size: bins of the categorical value and reward
     :param value_range: largest absolute value and reward that the bins reach, in units of return
     :param search: False acts by the network's policy alone
-    :param network_kwargs: sizes; see the network class
+    :param network_kwargs: sizes, and ``value_prefix``; see the network class
+    :param torch_compile: compile the network's functions
+    :param bf16: run them in bfloat16
     :param features_extractor_class: ``MlpPolicy``: what turns an observation into a vector, as in SB3, such as a
         convolutional network before latent vectors; the default flattens and standardises
     :param features_extractor_kwargs: likewise
@@ -82,7 +70,7 @@ class EfficientZeroPolicy(BasePolicy):
     :param optimizer_kwargs: likewise
     """
 
-    network_class: type[nn.Module] = MlpNetwork
+    network_class: type[LatentNetwork] = MlpNetwork
 
     def __init__(
         self,
@@ -97,6 +85,8 @@ class EfficientZeroPolicy(BasePolicy):
         value_range: float = 300.0,
         search: bool = True,
         network_kwargs: dict[str, Any] | None = None,
+        torch_compile: bool = False,
+        bf16: bool = False,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -117,6 +107,7 @@ class EfficientZeroPolicy(BasePolicy):
         self.num_sampled_actions, self.gamma, self.search = num_sampled_actions, gamma, search
         self.support_size, self.value_range = support_size, value_range
         self.network_kwargs = network_kwargs or {}
+        self.torch_compile, self.bf16 = torch_compile, bf16
         self.discrete = isinstance(action_space, spaces.Discrete)
         if isinstance(action_space, spaces.Discrete):
             self.action_size = policy_size = slots = int(action_space.n)
@@ -141,7 +132,7 @@ class EfficientZeroPolicy(BasePolicy):
                 "normalize_images": normalize_images,
             }
         self.network: Any = self.network_class(observation_space, self.action_size, policy_size, support_size, **sizes)
-        end = float(value_transform(th.tensor(value_range), _EPS))
+        end = float(value_transform(th.tensor(value_range), EPS))
         self.support: th.Tensor
         self.register_buffer("support", th.linspace(-end, end, support_size), persistent=False)
         self.optimizer = self.optimizer_class(
@@ -149,12 +140,22 @@ class EfficientZeroPolicy(BasePolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
-        self._fast: _FastNetwork | None = None
+        self._calls: Calls | None = None
+        self._fast: FastNetwork | None = None
+        self.search_rate = Rate()
+
+    @property
+    def calls(self) -> Calls:
+        """The network's functions, compiled and in bfloat16 if that was asked for."""
+        if self._calls is None:
+            self._calls = Calls(self.network, self.torch_compile, self.bf16)
+        return self._calls
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         names = (
             *("num_simulations", "max_num_considered_actions", "num_sampled_actions", "gamma", "support_size"),
-            *("value_range", "search", "network_kwargs", "optimizer_class", "optimizer_kwargs"),
+            *("value_range", "search", "network_kwargs", "torch_compile", "bf16"),
+            *("optimizer_class", "optimizer_kwargs"),
             *("features_extractor_class", "features_extractor_kwargs", "normalize_images"),
         )
         parameters = super()._get_constructor_parameters()
@@ -172,7 +173,7 @@ class EfficientZeroPolicy(BasePolicy):
         :param x: ``[...]``, in units of return
         :return: probabilities ``[..., support_size]``
         """
-        return two_hot(value_transform(x, _EPS), self.support)
+        return two_hot(value_transform(x, EPS), self.support)
 
     def decode(self, logits: th.Tensor) -> th.Tensor:
         """
@@ -181,7 +182,7 @@ class EfficientZeroPolicy(BasePolicy):
         :param logits: ``[..., support_size]``
         :return: ``[...]``, in units of return
         """
-        return inverse_value_transform(logits.float().softmax(-1) @ self.support, _EPS)
+        return inverse_value_transform(logits.float().softmax(-1) @ self.support, EPS)
 
     def action_input(self, actions: th.Tensor) -> th.Tensor:
         """
@@ -208,19 +209,22 @@ class EfficientZeroPolicy(BasePolicy):
     def _roots(self, observations: th.Tensor) -> Roots:
         # in parts, because the first layers of images take much memory
         rows = 512 if observations.is_cuda else max(_CHUNK // observations[0].numel(), 1)
-        latent = th.cat([self.network.represent(part) for part in th.split(observations, rows)])
+        latent = th.cat([self.calls.represent(part) for part in th.split(observations, rows)])
         fast = self._fast_network()
         if fast is not None:
             return fast.roots(latent.numpy())
-        value, policy = self.network.predict(latent)
+        value, policy = self.calls.predict(latent)
         return Roots(latent, self.decode(value), policy.float())
 
-    def plan(self, roots: Roots, noise: bool) -> tuple[SearchOutput, NDArray[np.float32] | None]:
+    def plan(
+        self, roots: Roots, noise: bool, invalid: NDArray[np.bool_] | None = None
+    ) -> tuple[SearchOutput, NDArray[np.float32] | None]:
         """
         Search from encoded observations.
 
         :param roots: see :meth:`roots`
         :param noise: Gumbel noise, and broad sampling of continuous actions
+        :param invalid: discrete actions: those that the roots must not take, ``[B, A]``
         :return: result, and for continuous control the sampled actions ``[B, num_sampled_actions, D]``
         """
         fast = self._fast_network()
@@ -231,30 +235,36 @@ class EfficientZeroPolicy(BasePolicy):
                 gumbel = -th.log(-th.log(th.rand(len(logits), self.action_size).clamp(1e-20, 1 - 1e-7)))
         else:
             policy = th.as_tensor(roots.policy)
-            actions = self._sample_roots(policy, noise)
+            actions = root_samples(policy, self.num_sampled_actions, noise)
             sampled = actions.cpu().numpy()
             logits = np.zeros(sampled.shape[:2], np.float32)
             embedding = (roots.latent, actions if fast is None else sampled)
-        with _evaluating(self):
+        if self.network.horizon:
+            parts = embedding if isinstance(embedding, tuple) else (embedding,)
+            embedding = (*parts, *start_parts(self.network.reward_head, len(logits)))
+        with _evaluating(self), self.search_rate.measure(len(logits) * self.num_simulations):
             out = gumbel_search(
                 logits, roots.values, embedding, self._recurrent if fast is None else fast.recurrent,
                 num_simulations=self.num_simulations, max_num_considered_actions=self.considered, gamma=self.gamma,
-                gumbel=gumbel,
+                gumbel=gumbel, invalid_actions=invalid,
             )  # fmt: skip
         return out, sampled
 
     def _recurrent(self, embedding: Any, slots: th.Tensor) -> RecurrentOutput:
         """One step of the network, in torch."""
-        if self.discrete:
-            latent = self.network.dynamics(embedding, self.action_input(slots))
+        rest: Any
+        latent, *rest = embedding if isinstance(embedding, tuple) else (embedding,)
+        action = self.action_input(slots) if self.discrete else rest.pop(0)[th.arange(len(slots)), slots]
+        latent = self.calls.dynamics(latent, action)
+        value, policy = self.calls.predict(latent)
+        horizon = self.network.horizon
+        if horizon:
+            reward, rest = step_parts(self.calls.reward, self.decode, latent, tuple(rest), horizon)
         else:
-            latent, actions = embedding
-            latent = self.network.dynamics(latent, actions[th.arange(len(slots)), slots])
-        value, policy = self.network.predict(latent)
-        reward, value = self.decode(self.network.reward_head(latent)), self.decode(value)
-        if self.discrete:
-            return RecurrentOutput(reward, value, policy, latent)
-        return RecurrentOutput(reward, value, *self.inner_actions(policy.float(), latent))
+            reward = self.decode(self.calls.reward(latent, None)[0])
+        logits, parts = (policy, (latent,)) if self.discrete else self.inner_actions(policy.float(), latent)
+        parts = (*parts, *rest)
+        return RecurrentOutput(reward, self.decode(value), logits, parts if len(parts) > 1 else latent)
 
     def inner_actions(self, policy: th.Tensor, latent: Any) -> tuple[NDArray[np.float32], tuple[Any, Any]]:
         """
@@ -264,40 +274,31 @@ class EfficientZeroPolicy(BasePolicy):
         :param latent: of the node
         :return: logits of the samples, and the embedding
         """
-        mean, std = squashed_normal(policy)
-        draw = th.randn(len(mean), INNER_ACTIONS, self.action_size, device=mean.device)
-        actions = th.zeros(len(mean), self.num_sampled_actions, self.action_size, device=mean.device)
-        actions[:, :INNER_ACTIONS] = th.tanh(mean[:, None] + std[:, None] * draw).clamp(-BOUND, BOUND)
+        actions = inner_samples(policy, self.num_sampled_actions)
         numpy = isinstance(latent, np.ndarray)
-        logits = np.zeros((len(mean), INNER_ACTIONS), np.float32)
+        logits = np.zeros((len(actions), INNER_ACTIONS), np.float32)
         return logits, (latent, actions.numpy() if numpy else actions)
 
-    def _sample_roots(self, policy: th.Tensor, noise: bool) -> th.Tensor:
-        mean, std = squashed_normal(policy)
-        shape = (len(mean), self.num_sampled_actions, self.action_size)
-        if noise:
-            draw = th.randn(shape, device=mean.device)
-            draw[:, max(self.num_sampled_actions // 4, 1) :] *= 3
-        else:
-            fixed = th.randn(shape[1:], generator=th.Generator().manual_seed(0))
-            fixed[0] = 0
-            draw = fixed.to(mean.device).expand(shape)
-        return th.tanh(mean[:, None] + std[:, None] * draw).clamp(-BOUND, BOUND)
-
-    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+    def _predict(
+        self, observation: PyTorchObs, deterministic: bool = False, invalid: NDArray[np.bool_] | None = None
+    ) -> th.Tensor:
         """
         Choose actions.
 
         :param observation: ``[B, *obs_shape]``
         :param deterministic: search without Gumbel noise
+        :param invalid: forbidden actions, ``[B, A]``
         :return: actions
         """
         assert isinstance(observation, th.Tensor)
         roots = self.roots(observation)
         if not self.search:
-            return self._prior_action(th.as_tensor(roots.policy), deterministic)
+            policy = th.as_tensor(roots.policy)
+            if invalid is not None:
+                policy = policy.masked_fill(th.from_numpy(invalid).to(policy.device), -th.inf)
+            return self._prior_action(policy, deterministic)
         with self.repeatable(deterministic):
-            out, sampled = self.plan(roots, noise=not deterministic)
+            out, sampled = self.plan(roots, noise=not deterministic, invalid=invalid)
         if sampled is None:
             return th.from_numpy(out.actions)
         chosen = th.from_numpy(sampled[np.arange(len(sampled)), out.actions])
@@ -323,72 +324,21 @@ class EfficientZeroPolicy(BasePolicy):
         actions = th.tanh(mean if deterministic else mean + std * th.randn_like(mean))
         return actions.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
 
-    def _fast_network(self) -> _FastNetwork | None:
-        """The network without torch's overhead, for MLPs on a CPU; always with the current parameters."""
-        if not isinstance(self.network, MlpNetwork) or self.device.type != "cpu":
+    def _fast_network(self) -> FastNetwork | None:
+        """The network without torch's overhead, for MLPs on a CPU; always with the current parameters, in float32."""
+        plain = isinstance(self.network, MlpNetwork) and not self.network.horizon
+        if not plain or self.device.type != "cpu":
             return None
         if self._fast is None:
-            self._fast = _FastNetwork(self)
+            self._fast = FastNetwork(self)
         self._fast.refresh()
         return self._fast
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fast": None}
+        return {**self.__dict__, "_fast": None, "_calls": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EfficientZeroPolicy:
         raise TypeError("Build another policy and load this one's state_dict.")
-
-
-class _FastNetwork:
-    """
-    The parts of an MLP network that the search calls, compiled; their parameters are read again when torch changed
-    them.
-
-    :param policy: the policy
-    """
-
-    def __init__(self, policy: EfficientZeroPolicy) -> None:
-        net = policy.network
-        self._policy = policy
-        self._parts: list[FastMlp] = [
-            compile_mlp(part) for part in (net.step, net.settle, net.reward_head, net.prediction)
-        ]
-        self._parameters = list(net.parameters())
-        self._version = -1
-        self._support, self._bins = policy.support.numpy(), policy.support_size
-        self._one_hot = np.eye(policy.action_size, dtype=np.float32)
-
-    def refresh(self) -> None:
-        """Read the parameters if they changed."""
-        version = sum(p._version for p in self._parameters)
-        if version != self._version:
-            for part in self._parts:
-                part.refresh()
-            self._version = version
-
-    def roots(self, latent: NDArray[np.float32]) -> Roots:
-        """See :meth:`EfficientZeroPolicy.roots`."""
-        out = self._parts[3](latent)
-        return Roots(latent, decode(out[:, : self._bins], self._support, _EPS), out[:, self._bins :])
-
-    def recurrent(self, embedding: Any, slots: NDArray[np.int64]) -> RecurrentOutput:
-        """One step of the network."""
-        step, settle, reward_head, prediction = self._parts
-        if self._policy.discrete:
-            latent, action = embedding, self._one_hot[slots]
-        else:
-            latent, actions = embedding
-            action = actions[np.arange(len(slots)), slots]
-        change = step(np.concatenate([latent, action], axis=1))
-        change += latent
-        latent = settle(change)
-        out = prediction(latent)
-        reward = decode(reward_head(latent), self._support, _EPS)
-        value, policy = decode(out[:, : self._bins], self._support, _EPS), out[:, self._bins :]
-        if self._policy.discrete:
-            return RecurrentOutput(reward, value, policy, latent)
-        inner = self._policy.inner_actions(th.from_numpy(policy), latent)
-        return RecurrentOutput(reward, value, *inner)
 
 
 class MlpPolicy(EfficientZeroPolicy):

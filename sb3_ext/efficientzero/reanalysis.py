@@ -9,7 +9,8 @@ import torch as th
 from numpy.typing import NDArray
 
 from sb3_ext.common.sequences import SequenceSamples
-from sb3_ext.efficientzero.policies import EfficientZeroPolicy, Roots
+from sb3_ext.efficientzero.fast_network import Roots
+from sb3_ext.efficientzero.policies import EfficientZeroPolicy
 from sb3_ext.efficientzero.targets import mix_values, n_step_values
 
 
@@ -53,7 +54,11 @@ def reanalyze(
     def first(x: Any) -> Any:
         return x.reshape(size, length + 1, *x.shape[1:])[:, :places].reshape(size * places, *x.shape[1:])
 
-    out, sampled = policy.plan(Roots(*(first(x) for x in roots)), noise=True)
+    invalid = None
+    if batch.masks is not None:
+        legal = first(batch.masks.reshape(-1, batch.masks.shape[2]))
+        invalid = ~legal & legal.any(axis=1, keepdims=True)  # where none is known, all are legal
+    out, sampled = policy.plan(Roots(*(first(x) for x in roots)), noise=True, invalid=invalid)
     found: NDArray[np.float32] = out.root_values.reshape(size, places)
     fresh = np.full(size, True) if max_age is None else batch.ages <= max_age
     if fresh.any():

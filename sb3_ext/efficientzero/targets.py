@@ -90,3 +90,16 @@ def masks(
     value = inside | terminated[:, None]
     reward = (places[:-1] < lengths[:, None]) | terminated[:, None]
     return policy.astype(np.float32), value.astype(np.float32), reward.astype(np.float32)
+
+
+def value_prefixes(rewards: Floats, horizon: int) -> NDArray[np.float32]:
+    """
+    Undiscounted sums of rewards from the root on, which begin anew every ``horizon`` steps (Ye et al., 2021,
+    https://arxiv.org/abs/2111.00210, section 4.2).
+
+    :param rewards: ``[B, K]``
+    :param horizon: steps per sum
+    :return: ``[B, K]``
+    """
+    parts = [rewards[:, k : k + horizon].cumsum(axis=1) for k in range(0, rewards.shape[1], horizon)]
+    return np.concatenate(parts, axis=1).astype(np.float32)

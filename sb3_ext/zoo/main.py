@@ -27,9 +27,8 @@ def _steps(text: str) -> int:
 
 
 def _add_common(parser: argparse.ArgumentParser, folder: tuple[str, ...]) -> None:
-    parser.add_argument(
-        "--algo", required=True, help="algorithm: bc, cql, dqn, gail, qrdqn, or another one that is installed"
-    )
+    known = "bc, cql, dqn, efficientzero, gail, qrdqn"
+    parser.add_argument("--algo", required=True, help=f"algorithm: {known}, or another one that is installed")
     parser.add_argument("--env", help="environment id, for instance CartPole-v1")
     parser.add_argument("--dataset", help="id or path of a Minari dataset")
     parser.add_argument(*folder, default="logs", help="log folder (default: logs)")
@@ -51,7 +50,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--eval-episodes", type=int, default=5, help="episodes per evaluation (default 5)")
     add("--n-eval-envs", type=int, default=1, help="copies of the evaluation environment (default 1)")
     add("--save-freq", type=_steps, default=-1, help="steps between checkpoints (default: none; with --resume n/20)")
-    add("--save-replay-buffer", action="store_true", help="save the replay buffer with the model")
+    add("--save-replay-buffer", action="store_true", help="save the replay buffer too (always with --resume)")
     add("--log-interval", type=int, default=-1, help="as in learn(); -1: the algorithm's default, -2: no logging")
     more = parser.add_mutually_exclusive_group()
     more.add_argument("-i", "--trained-agent", metavar="ZIP", help="train this model for n more steps, in a new run")

@@ -66,12 +66,13 @@ class Run:
 
     def newest(self) -> tuple[int, Path] | None:
         """
-        Find the model that has trained longest; unreadable files are passed over.
+        Find the model that has trained longest, the final one of two; unreadable files are passed over.
 
         :return: its steps and its file, or None
         """
         steps = ((steps_of(path), path) for path in [*self.checkpoints().values(), self.final])
-        return max(((n, path) for n, path in steps if n is not None), default=None)
+        good = ((n, path) for n, path in steps if n is not None)
+        return max(good, key=lambda found: (found[0], found[1] == self.final), default=None)
 
     def read(self, name: str) -> dict[str, Any]:
         """
@@ -118,11 +119,28 @@ def replay_buffer_of(model: Path) -> Path:
     """
     Tell where the replay buffer that belongs to a saved model lies.
 
+    A run's final model has :func:`numbered_buffer` if it was trained in parts, so that model and buffer of two parts
+    are never mixed up, else rl_zoo3's ``replay_buffer.pkl``.
+
     :param model: the model's file
     :return: the buffer's file, which need not exist
     """
     match = _CHECKPOINT.fullmatch(model.name)
-    return model.with_name(f"rl_model_replay_buffer_{match[1]}_steps.pkl" if match else "replay_buffer.pkl")
+    if match:
+        return model.with_name(f"rl_model_replay_buffer_{match[1]}_steps.pkl")
+    numbered = numbered_buffer(model, steps_of(model) or 0)
+    return numbered if numbered.is_file() else model.with_name("replay_buffer.pkl")
+
+
+def numbered_buffer(final: Path, steps: int) -> Path:
+    """
+    Name the replay buffer of a final model after its steps.
+
+    :param final: the model's file
+    :param steps: its steps
+    :return: the buffer's file
+    """
+    return final.with_name(f"replay_buffer_{steps}_steps.pkl")
 
 
 def list_runs(folder: str, algo: str) -> list[Run]:

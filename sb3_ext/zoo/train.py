@@ -19,7 +19,7 @@ import numpy as np
 import torch as th
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import TqdmExperimentalWarning
 
@@ -33,7 +33,17 @@ from sb3_ext.zoo.config import (
     read_entries,
     resolve,
 )
-from sb3_ext.zoo.runs import Run, continue_evaluations, list_runs, new_run, replay_buffer_of, slug, steps_of
+from sb3_ext.zoo.runs import (
+    Run,
+    continue_evaluations,
+    list_runs,
+    new_run,
+    numbered_buffer,
+    replay_buffer_of,
+    slug,
+    steps_of,
+)
+from sb3_ext.zoo.saving import Checkpoints, save, tidy
 from sb3_ext.zoo.tasks import Task, find_task, make_dataset_envs, make_envs, policy_for
 
 EVAL_FREQ = 25_000
@@ -90,6 +100,8 @@ def train(args: argparse.Namespace, words: list[str]) -> None:
     config = resolve(algo, file, entries, task.entries, overrides, args.n_timesteps, task.policy)
     run, start = _find_start(args, config, slug(task.name))
     args.eval_freq = _eval_freq(args, algo)
+    # a run in parts would begin each of them with an empty buffer
+    args.save_replay_buffer |= args.resume and algo.replays and not algo.offline
     if args.dry_run:
         _print_plan(args, task, config, start)
         return
@@ -101,6 +113,8 @@ def train(args: argparse.Namespace, words: list[str]) -> None:
     if args.num_threads > 0:
         th.set_num_threads(args.num_threads)
     fresh = run is None
+    if run is not None:
+        tidy(run)
     run = run or new_run(args.log_folder, algo.name, slug(task.name), args.uuid)
     with ExitStack() as envs:
         try:
@@ -267,7 +281,7 @@ def _callbacks(
     callbacks: list[BaseCallback] = []
     if save_freq := _save_freq(args, config):
         every = max(save_freq // config.n_envs, 1)
-        callbacks.append(CheckpointCallback(every, folder, save_replay_buffer=args.save_replay_buffer))
+        callbacks.append(Checkpoints(every, run, args.save_replay_buffer, in_parts=args.resume))
     if eval_env is not None:
         evaluation = EvalCallback(
             eval_env,
@@ -305,8 +319,9 @@ def _learn(
             )
         except FloatingPointError as error:
             raise ZooError(f"Training stopped at step {model.num_timesteps}: {error}") from error
-        model.save(run.final)
-        if args.save_replay_buffer:
-            model.save_replay_buffer(run.path / "replay_buffer.pkl")  # type: ignore[attr-defined]
+        buffer = numbered_buffer(run.final, model.num_timesteps) if args.resume else run.path / "replay_buffer.pkl"
+        save(model, run.final, buffer if args.save_replay_buffer else None)
+        if args.resume:
+            tidy(run)
     if args.verbose > 0:
         print(f"{'Interrupted' if stop.requested else 'Finished'} at step {model.num_timesteps}, saved {run.final}")

@@ -50,7 +50,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "env": "MinAtarBreakout-v0", "policy": "MlpPolicy", "steps": 100_000, "eval_every": 10_000, "episodes": 30,
         "marks": (5, 10),
         "settings": {
-            "gamma": 0.99, "learning_rate": 1e-3, "train_freq": 4, "gradient_steps": 1, "learning_starts": 1000,
+            "gamma": 0.99, "learning_rate": 1e-3, "train_freq": 2, "gradient_steps": 1, "learning_starts": 1000,
+            "num_simulations": 8,
             "policy_kwargs": {"features_extractor_class": MinAtarCNN, "normalize_images": False},
         },
     },

@@ -287,7 +287,7 @@ def test_without_discriminator_a_constant_reward_is_ppo_itself() -> None:
     settings: dict[str, Any] = {"n_steps": 64, "batch_size": 64, "n_epochs": 3, "seed": 3, "device": "cpu"}
     episodes = collect_episodes(balance, CARTPOLE, n_episodes=2)
     ppo = PPO(
-        "MlpPolicy", make_vec_env("CartPole-v1", 2, seed=3), gamma=0.98, gae_lambda=0.9, learning_rate=1e-3, **settings
+        "MlpPolicy", make_vec_env("CartPole-v1", 2, seed=3), gamma=0.98, gae_lambda=0.95, learning_rate=1e-3, **settings
     )
     gail = GAIL(
         "MlpPolicy", make_vec_env("CartPole-v1", 2, seed=3), episodes, reward=th.ones_like, absorbing=False,

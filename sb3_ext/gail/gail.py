@@ -103,7 +103,7 @@ class GAIL(PPO):
         batch_size: int = 256,
         n_epochs: int = 10,
         gamma: float = 0.98,
-        gae_lambda: float = 0.9,
+        gae_lambda: float = 0.95,
         clip_range: float | Schedule = 0.2,
         clip_range_vf: float | Schedule | None = None,
         normalize_advantage: bool = True,

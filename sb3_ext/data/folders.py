@@ -15,6 +15,9 @@ from minari.storage.datasets_root_dir import get_dataset_path
 
 from sb3_ext.data.checks import DatasetError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a full disk, a used-up quota, and a file that is larger than may be."""
+
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
     """
@@ -141,6 +144,6 @@ def full_disk(folder: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         raise _no_space(folder, needed, "about ") from error

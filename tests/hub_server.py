@@ -34,6 +34,7 @@ class Hub:
         self.commits: dict[str, int] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
+        self.ranges: list[int] = []
         self.unknown: list[tuple[str, str]] = []
         self.refuse: Callable[[str, str], int | None] = lambda method, path: None
         self.cut: int | None = None
@@ -75,6 +76,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: Any) -> None:
         pass
+
+    def end_headers(self) -> None:
+        self.send_header("Connection", "close")  # or threads of closed servers live on
+        super().end_headers()
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -219,6 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if wanted:
             start = int(wanted[1])
+            self.hub.ranges.append(start)
         self.send_response(206 if wanted else 200)
         self.send_header("ETag", f'"{blob_oid(data)}"')
         self.send_header("X-Repo-Commit", self.hub.sha(repo))

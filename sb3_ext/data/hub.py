@@ -101,7 +101,7 @@ def publish(
     say = report or (lambda line: None)
     source = _local_source(dataset)
     where, name = os.fspath(remote).rstrip("/"), source.name
-    place = open_remote(where if where.endswith(f"/{name}") else f"{where}/{name}", token)
+    place = open_remote(where if f"/{where}".endswith(f"/{name}") else f"{where}/{name}", token)
     if not overwrite and place.names():
         raise ValueError(f"{place.address} exists; publish another version, or pass overwrite=True.")
     files = _data_files(source)

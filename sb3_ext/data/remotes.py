@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 from abc import ABC, abstractmethod
@@ -149,8 +150,7 @@ class HubRemote(Remote):
             raise ImportError("hf:// needs the Hub's client: pip install 'sb3-ext[hub]'") from error
         user, repository, *folder = address.removeprefix("hf://").split("/")
         self._repository, self._folder = f"{user}/{repository}", "/".join(folder)
-        # read now, not when the library was imported
-        self._api: Any = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+        self._api: Any = HfApi(token=token)
         self._place = {"repo_id": self._repository, "repo_type": "dataset"}
 
     def _path(self, name: str) -> str:
@@ -216,6 +216,9 @@ class HubRemote(Remote):
     def fetch(self, name: str, folder: Path) -> Path:
         """Fetch with the library's own client, which goes on in the middle of a large file."""
         revision = self._revision
+        # the client stumbles over notes that a kill or a full disk cut short; it goes on without them
+        notes = folder / ".cache" / "huggingface" / "download" / f"{self._path(name)}.metadata"
+        notes.unlink(missing_ok=True)
         with self._errors(name):
             path = self._api.hf_hub_download(
                 filename=self._path(name), revision=revision, local_dir=folder, **self._place
@@ -344,7 +347,7 @@ def open_remote(address: str | os.PathLike[str], token: str | None = None) -> Re
     text = os.fspath(address).rstrip("/")
     scheme, sign, rest = text.partition("://")
     parts = rest.split("/")
-    if not sign:
+    if not sign and not re.match("[A-Za-z][A-Za-z0-9+.-]+:", text):
         return FolderRemote(str(Path(text).expanduser().absolute()))
     if scheme == "file" and urlsplit(text).netloc in ("", "localhost"):
         return FolderRemote(url2pathname(urlsplit(text).path))

@@ -249,6 +249,7 @@ _REPO = r"(?P<repo>[^/]+/[^/]+?)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", "/api/repos/create", _Handler._create),
     ("POST", "/api/validate-yaml", lambda self, body, query: self._send(200, {"errors": [], "warnings": []})),
+    ("GET", "/api/agent-harnesses", lambda self, body, query: self._send(200, {})),
     ("GET", "/api/datasets", _Handler._list),
     ("GET", rf"/api/datasets/{_REPO}(?:/revision/[^/]+)?", _Handler._info),
     ("GET", rf"/api/datasets/{_REPO}/tree/[^/]+(?:/(?P<folder>.*))?", _Handler._tree),

@@ -31,6 +31,7 @@ from tests.hub_server import TOKEN, Hub
 
 ID = "cartpole/tiny-v0"
 HERE = f"hf://me/{ID}"
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub 2.4 itself
 
 
 @pytest.fixture(scope="session")
@@ -59,8 +60,10 @@ def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", url)  # for other processes
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the server speaks the protocol of Git LFS
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     for module in (constants, file_download):
-        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 @pytest.fixture
@@ -314,7 +317,8 @@ def refused(code: int, of: str) -> Callable[[str, str], int | None]:
 @pytest.mark.parametrize(
     ("code", "words"), [(401, "access is denied"), (403, "access is denied"), (429, "answers 429")]
 )
-def test_the_hub_refuses_to_give(on_hub: Hub, code: int, words: str, of: str) -> None:
+def test_the_hub_refuses_to_give(on_hub: Hub, code: int, words: str, of: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the library waits between its attempts
     on_hub.refuse = refused(code, of)
     with pytest.raises(DatasetError, match=f"{HERE}.*{words}") as caught:
         download(HERE)
@@ -380,7 +384,7 @@ def test_connections_break_in_the_middle_of_files(on_hub: Hub, tiny: minari.Mina
         except DatasetError as error:
             messages.append(str(error))
             assert_nothing_landed()
-    assert 0 < len(messages) < 10
+    assert len(messages) < 10  # none from version 1 of the client on, which goes on by itself
     assert all("returns.png" in m and "the connection broke" in m for m in messages)
     assert on_hub.ranges, "it goes on in the middle"
     assert_landed(tiny)
@@ -749,6 +753,7 @@ def test_publishing_to_a_full_disk_keeps_the_old_one(place: Path, tiny: minari.M
 # ------------------------------------------------------------------ a bucket
 
 
+@pytest.mark.filterwarnings("ignore")  # of Google's libraries
 def test_round_trip_through_a_bucket(tiny: minari.MinariDataset, monkeypatch: Any) -> None:
     emulator = pytest.importorskip("gcp_storage_emulator.server", reason="pip install gcp-storage-emulator minari[gcs]")
     with socket.socket() as free:

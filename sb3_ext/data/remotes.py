@@ -123,13 +123,11 @@ class FolderRemote(Remote):
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _hub_errors() -> tuple[type[Exception], ...]:
-    """What the Hub's library raises, and its HTTP client: httpx's since its version 1, before that ``OSError``."""
-    try:
-        import httpx
-    except ImportError:
-        return (OSError, RuntimeError)
-    return (OSError, RuntimeError, httpx.HTTPError)
+def _hub_errors() -> tuple[type[BaseException], ...]:
+    """What the Hub's library raises, and its HTTP client, which differs with the version."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, RuntimeError, *HfHubHTTPError.__bases__)
 
 
 class HubRemote(Remote):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there: looking up a dataset fails at once
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub-")  # the Hub's client keeps tokens, files and notes there
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gymnasium as gym
@@ -44,6 +47,7 @@ def session_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         _redirect(patch, tmp_path_factory.mktemp("session"))
         yield
+    shutil.rmtree(os.environ["HF_HOME"])
 
 
 @pytest.fixture(scope="session")

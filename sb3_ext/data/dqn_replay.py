@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +16,16 @@ from typing import Any
 import gymnasium as gym
 import minari
 import numpy as np
-from filelock import FileLock, Timeout
 from gymnasium import spaces
 from minari.dataset.minari_storage import MinariStorage
-from minari.namespace import create_namespace, list_local_namespaces
 from numpy.typing import NDArray
 
 from sb3_ext.data.checks import DatasetError
 from sb3_ext.data.envs import make_atari_env
+from sb3_ext.data.folders import ensure_namespace, full_disk, lock_folder, replace_folder, write_file
 from sb3_ext.data.replay_log import STORES, StoreReader, read_store, store_name
 from sb3_ext.data.replay_plan import SUBSETS, Plan, make_plan
-from sb3_ext.data.write import _plain_spec, _replace_folder, _requirements, check_new_id, return_statistics
+from sb3_ext.data.write import _plain_spec, _requirements, check_new_id, return_statistics
 
 _FORMAT = 1
 _CHUNK = 512
@@ -45,26 +42,6 @@ class _Job:
     n_actions: int
     shape: tuple[int, int]
     verify: bool
-
-
-@contextmanager
-def _full_disk(work: Path, needed: int) -> Iterator[None]:
-    """Say how many bytes are needed when the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise DatasetError(
-            f"The disk of {work.parent} is full: about {needed:,} bytes are needed in all, "
-            f"{shutil.disk_usage(work.parent).free:,} are free. What is done is kept; make room and run it again."
-        ) from error
-
-
-def _write_file(path: Path, data: bytes | memoryview) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def _write_episode(
@@ -97,10 +74,10 @@ def _write_episode(
         writer.write_batch(batch)
     target = folder / str(number)
     target.mkdir(exist_ok=True)
-    _write_file(target / "part-0.arrow", memoryview(sink.getvalue()))
+    write_file(target / "part-0.arrow", memoryview(sink.getvalue()))
     total = float(rewards.sum(dtype=np.float64))
     facts = {"id": number, "total_steps": steps, **{f"rewards_{k}": getattr(rewards, k)().item() for k in _FACTS}}
-    _write_file(target / "metadata.json", json.dumps(facts | {"rewards_sum": total}).encode())
+    write_file(target / "metadata.json", json.dumps(facts | {"rewards_sum": total}).encode())
     return total
 
 
@@ -165,7 +142,7 @@ def _convert_file(job: _Job) -> None:
                 read_store(plan.folder, "invalid_range", suffix, True)
     finally:
         reader.close()
-    _write_file(done, json.dumps(returns).encode())
+    write_file(done, json.dumps(returns).encode())
 
 
 def _check_padding(plan: Plan, suffix: int, path: Path, base: int, chunk: NDArray[np.uint8]) -> None:
@@ -274,20 +251,14 @@ def convert_dqn_replay(
             say(f"{dataset_id} is converted already.")
             return minari.load_dataset(dataset_id)
         raise ValueError(f"The dataset {dataset_id!r} exists; choose another version or pass overwrite=True.")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(final.with_name(f".{final.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise DatasetError(f"Another process is converting to {dataset_id}.") from error
     work = final.with_name(f".{final.name}-convert")
-    try:
-        with _full_disk(work, _expected_bytes(plan)):
-            _work(plan, work, digest, env, verify, workers, say)
-            facts = _facts(plan, game, run, options, digest, dataset_id, env, work)
-            _finish(work, final, namespace, env, facts)
-    finally:
-        lock.release()
+    with (
+        lock_folder(final, f"Another process is converting to {dataset_id}."),
+        full_disk(final.parent, _expected_bytes(plan)),
+    ):
+        _work(plan, work, digest, env, verify, workers, say)
+        facts = _facts(plan, game, run, options, digest, dataset_id, env, work)
+        _finish(work, final, namespace, env, facts)
     return minari.load_dataset(dataset_id)
 
 
@@ -298,7 +269,7 @@ def _work(
     if not mark.exists() or mark.read_text() != digest:
         shutil.rmtree(work, ignore_errors=True)
         (work / "data").mkdir(parents=True)
-        _write_file(mark, digest.encode())
+        write_file(mark, digest.encode())
     assert isinstance(env.action_space, spaces.Discrete)
     height, width = env.observation_space.shape or (0, 0)
     jobs = [_Job(plan, s, work, int(env.action_space.n), (height, width), verify) for s in sorted(plan.segments)]
@@ -310,7 +281,7 @@ def _work(
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             for job, _ in zip(jobs, pool.map(_convert_file, jobs), strict=True):
                 say(f"file {job.suffix} is done")
-    _write_file(work / "joined.json", json.dumps(_join(plan, work)).encode())
+    write_file(work / "joined.json", json.dumps(_join(plan, work)).encode())
 
 
 def _facts(
@@ -372,10 +343,9 @@ def _finish(work: Path, final: Path, namespace: str | None, env: gym.Env[Any, An
         jpeg_encoding=False,
     )
     storage.update_metadata({**facts, "dataset_size": round(size / 1e6, 1)})
-    if namespace is not None and namespace not in list_local_namespaces():
-        create_namespace(namespace)
+    ensure_namespace(namespace)
     for path in work.iterdir():
         if path != data and path.name != "plan.txt":
             path.unlink()
     (work / "plan.txt").unlink()
-    _replace_folder(work, final)
+    replace_folder(work, final)

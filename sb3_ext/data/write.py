@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import uuid
@@ -21,12 +20,12 @@ from gymnasium.envs.registration import EnvSpec
 from minari.data_collector.episode_buffer import EpisodeBuffer
 from minari.dataset.minari_dataset import DATASET_ID_RE
 from minari.dataset.minari_storage import MinariStorage
-from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage.datasets_root_dir import get_dataset_path
 from numpy.typing import NDArray
 
 from sb3_ext.common.frames import unpack_frames
 from sb3_ext.data.envs import is_frame_space
+from sb3_ext.data.folders import ensure_namespace, remove_empty, replace_folder
 
 _OBSERVERS = (
     "sb3_ext.data.record:EpisodeRecorder",
@@ -137,31 +136,6 @@ def check_new_id(dataset_id: str, overwrite: bool = False) -> tuple[str | None, 
     return match["namespace"], folder
 
 
-def _replace_folder(new: Path, final: Path) -> None:
-    """Move a finished folder to its place; an older one is removed only after that."""
-    old = new.with_name(new.name + ".old")
-    if final.exists():
-        os.replace(final, old)
-    try:
-        os.replace(new, final)
-    except BaseException:
-        if old.exists():
-            os.replace(old, final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_empty(folder: Path) -> None:
-    """Remove a folder, and those above it in Minari's root, as far as they are empty."""
-    root = Path(get_dataset_path())
-    while folder != root and root in folder.parents:
-        try:
-            folder.rmdir()
-        except OSError:
-            return
-        folder = folder.parent
-
-
 def _requirements(env: gym.Env[Any, Any]) -> list[str]:
     """Pip requirements of the environment: the distribution of each package its classes come from."""
     owners = importlib.metadata.packages_distributions()
@@ -263,11 +237,10 @@ def write_dataset(
         if ref_min_score is not None and ref_max_score is not None:
             facts |= {"ref_min_score": ref_min_score, "ref_max_score": ref_max_score}
         storage.update_metadata(facts)
-        if namespace is not None and namespace not in list_local_namespaces():
-            create_namespace(namespace)
-        _replace_folder(partial, final)
+        ensure_namespace(namespace)
+        replace_folder(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        _remove_empty(partial.parent)
+        remove_empty(partial.parent)
         raise
     return minari.load_dataset(dataset_id)

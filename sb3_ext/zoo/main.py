@@ -12,6 +12,7 @@ from sb3_ext.data import SUBSETS
 from sb3_ext.zoo.config import ZooError
 from sb3_ext.zoo.data import convert, play
 from sb3_ext.zoo.enjoy import enjoy
+from sb3_ext.zoo.hub import download_command, publish_command
 from sb3_ext.zoo.train import train
 
 
@@ -113,6 +114,23 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=convert, verbose=1)
 
 
+def _add_publish(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("dataset", metavar="ID", help="id or path of a dataset on this machine")
+    add("--to", required=True, metavar="PLACE", help="hf://user, hf://user/repository, gs://bucket/folder or a folder")
+    add("--token", help="access token (default: HF_TOKEN or `hf auth login`); for gs:// the path of a key file")
+    add("--overwrite", action="store_true", help="replace the dataset that is there")
+    parser.set_defaults(function=publish_command, verbose=1)
+
+
+def _add_download(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("address", metavar="ADDRESS", help="hf://user/namespace/name-v0, or a gs:// or file:// address, or a folder")
+    add("--token", help="access token (default: HF_TOKEN or `hf auth login`); for gs:// the path of a key file")
+    add("--overwrite", action="store_true", help="replace a dataset of the same id")
+    parser.set_defaults(function=download_command, verbose=1)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """
     Describe the command line.
@@ -124,11 +142,13 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(verbs.add_parser("train", help="train an agent", allow_abbrev=False))
     _add_enjoy(verbs.add_parser("enjoy", help="play with a trained agent", allow_abbrev=False))
-    data = verbs.add_parser("data", help="make datasets", allow_abbrev=False)
+    data = verbs.add_parser("data", help="make, publish and download datasets", allow_abbrev=False)
     makers = data.add_subparsers(required=True, metavar="COMMAND")
     _add_play(makers.add_parser("play", help="play with the keyboard and keep the episodes", allow_abbrev=False))
     help_text = "convert a log of the DQN Replay Dataset's format"
     _add_convert(makers.add_parser("convert-dqn-replay", help=help_text, allow_abbrev=False))
+    _add_publish(makers.add_parser("publish", help="publish a dataset with checksums and a card", allow_abbrev=False))
+    _add_download(makers.add_parser("download", help="download a dataset and verify every file", allow_abbrev=False))
     return parser
 
 

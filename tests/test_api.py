@@ -24,6 +24,9 @@ PURE = (
     "efficientzero/tree",
     "efficientzero/fast",
     "efficientzero/targets",
+    "efficientzero/prefix",
+    "efficientzero/calls",
+    "efficientzero/meter",
 )
 ALGORITHMS = {"dqn", "cql", "efficientzero", "gail"}
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -80,6 +81,9 @@ def test_only_legal_actions_are_taken_and_learnt(n_envs: int, tmp_path: Any) -> 
     np.testing.assert_array_equal(again.masks, batch.masks)
     mean, _ = evaluate_policy(model, env, n_eval_episodes=2)  # type: ignore[arg-type]
     assert np.isfinite(mean)
+    watch = MaskableEvalCallback(make_vec_env(Masked, 1), eval_freq=5, n_eval_episodes=1, verbose=0)
+    model.learn(10, callback=watch, reset_num_timesteps=False)
+    assert np.isfinite(watch.last_mean_reward)
 
 
 def test_a_window_of_short_length_knows_the_mask_behind_it() -> None:

@@ -65,7 +65,8 @@ def save(model: EfficientZeroV2, folder: Path) -> None:
 
 
 def go_on(folder: Path, env: VecEnv, **kwargs: Any) -> EfficientZeroV2:
-    model = EfficientZeroV2.load(folder / "model", env=env, device="cpu", **kwargs)
+    EfficientZeroV2.load(folder / "model", device="cpu").save(folder / "again")
+    model = EfficientZeroV2.load(folder / "again", env=env, device="cpu", **kwargs)
     model.load_replay_buffer(folder / "replay")
     th.rand(5), np.random.rand(5), model.action_space.sample()  # others may draw meanwhile
     return model.learn(MORE, reset_num_timesteps=False)

@@ -646,8 +646,10 @@ def test_efficientzero_has_the_papers_setting_for_atari(here: Path) -> None:
     tiny = f"policy_kwargs:{{optimizer_class: SGD, network_kwargs: {sizes}}}"
     small = ("-params", "num_simulations:2", "batch_size:4", "learning_starts:12", "buffer_size:200", "n_envs:2", tiny)
     start = ["--algo", "efficientzero", "--env", "ALE/Breakout-v5", "--device", "cpu"]
-    assert main(["train", *start, "--seed", "0", "-n", "20", *small]) == 0
+    for n in ("16", "20"):
+        assert main(["train", *start, "--seed", "0", "-n", n, "--resume", *small]) == 0
     run = here / "logs" / "efficientzero" / "ALE-Breakout-v5_1"
+    assert (run / "replay_buffer_20_steps.pkl").is_file()
     model = EfficientZeroV2.load(run / "ALE-Breakout-v5.zip", device="cpu")
     assert isinstance(model.policy.optimizer, th.optim.SGD)
     assert (model.mixed_start, model.optimize_memory_usage, model._n_updates) == (30_000, True, 8)

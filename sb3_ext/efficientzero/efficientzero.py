@@ -346,7 +346,8 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         include: Iterable[str] | None = None,
     ) -> None:
         """See :meth:`~sb3_ext.common.weighted.WeightedMixin.save`; with the random state."""
-        self._random_state, before = random_state(self), self._random_state
+        before = self._random_state
+        self._random_state = before or random_state(self)  # a loaded model that has not gone on keeps the one it had
         try:
             super().save(path, exclude, include)
         finally:

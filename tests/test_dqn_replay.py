@@ -449,6 +449,25 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ with a game, from the command line
 
 
+def test_pytorch_and_sb3_are_not_even_imported(tmp_path: Path) -> None:
+    """They take 700 MB, three quarters of what a conversion once needed."""
+    env = ReplayLogger(make_atari_env("Breakout"), tmp_path, "Breakout", capacity=60, level=1)
+    env.reset(seed=0)
+    for _ in range(100):
+        env.step(1)
+    env.close()
+    code = """
+import sys
+from sb3_ext.zoo.main import main
+words = ["data", "convert-dqn-replay", sys.argv[1], "--game", "Breakout", "--id", "atari/breakout/log-v0"]
+assert main(words) == 0
+print(sorted({"torch", "stable_baselines3", "numba", "pyarrow"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['pyarrow']"
+    assert minari.load_dataset("atari/breakout/log-v0").total_steps == 99
+
+
 def test_a_games_log_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     env = ReplayLogger(make_atari_env("Breakout"), tmp_path, "Breakout", capacity=300, level=1)
     env.action_space.seed(0)

@@ -20,7 +20,6 @@ from minari.dataset.minari_storage import MinariStorage, is_image_space
 from minari.serialization import deserialize_space
 from minari.storage.datasets_root_dir import get_dataset_path
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ext.data.checks import ActionSpace, CheckedEpisode, DatasetError, check_episode, check_spaces
 
@@ -237,9 +236,11 @@ def open_source(dataset: DatasetLike, build_env: bool = False, continuous: bool 
     :raises DatasetError: if it is missing, damaged or of the wrong kind
     :raises TypeError: if it is not a dataset
     """
-    if isinstance(dataset, (gym.Env, VecEnv)):
-        raise TypeError("A dataset is expected here, not an environment. Pass the environment as env=.")
     if not isinstance(dataset, (minari.MinariDataset, str, os.PathLike)):
+        from stable_baselines3.common.vec_env import VecEnv  # here, because it brings PyTorch
+
+        if isinstance(dataset, (gym.Env, VecEnv)):
+            raise TypeError("A dataset is expected here, not an environment. Pass the environment as env=.")
         raise TypeError(f"A dataset is a minari.MinariDataset, an id or a path, not {type(dataset).__name__}.")
     path = _find_path(dataset) if isinstance(dataset, (str, os.PathLike)) else Path(dataset.storage.data_path)
     metadata = _read_metadata(path)

@@ -5,14 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from sb3_ext import __version__
 from sb3_ext.data import SUBSETS
 from sb3_ext.zoo.config import ZooError
-from sb3_ext.zoo.data import convert, play
-from sb3_ext.zoo.enjoy import enjoy
-from sb3_ext.zoo.train import train
+
+
+def _verb(module: str, name: str) -> Callable[[argparse.Namespace, list[str]], None]:
+    """Function of a command, imported when it is called: only training and playing need PyTorch."""
+
+    def call(args: argparse.Namespace, words: list[str]) -> None:
+        getattr(import_module(f"sb3_ext.zoo.{module}"), name)(args, words)
+
+    return call
 
 
 def _steps(text: str) -> int:
@@ -60,7 +67,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("-conf", "--conf-file", metavar="YML", help="hyper-parameters to use instead of the stored ones")
     add("-uuid", "--uuid", action="store_true", help="add a unique id to the run's folder")
     add("--dry-run", action="store_true", help="print the configuration as YAML and stop")
-    parser.set_defaults(function=train)
+    parser.set_defaults(function=_verb("train", "train"))
 
 
 def _add_enjoy(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +88,7 @@ def _add_enjoy(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--video", metavar="FILE", help="write FILE.gif or FILE.mp4")
     add("--seed", type=int, default=0, help="seed (default 0)")
     add("--n-envs", type=int, default=1, help="copies of the environment (default 1)")
-    parser.set_defaults(function=enjoy)
+    parser.set_defaults(function=_verb("enjoy", "enjoy"))
 
 
 def _add_play(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +102,7 @@ def _add_play(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="seed of the first episode (default 0)")
     add("--author", default="The sb3_ext authors", help="who plays, for the metadata")
     add("--overwrite", action="store_true", help="replace a dataset of the same id")
-    parser.set_defaults(function=play, verbose=1)
+    parser.set_defaults(function=_verb("data", "play"), verbose=1)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +118,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=1, help="files to convert at the same time (default 1)")
     add("--env", help="environment the log was made in (default: the Atari game)")
     add("--overwrite", action="store_true", help="replace a dataset of the same id")
-    parser.set_defaults(function=convert, verbose=1)
+    parser.set_defaults(function=_verb("data", "convert"), verbose=1)
 
 
 def build_parser() -> argparse.ArgumentParser:

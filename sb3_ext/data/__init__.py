@@ -10,6 +10,8 @@ from sb3_ext.data.play import default_keys, describe_keys, parse_keys, play_epis
 from sb3_ext.data.record import EpisodeRecorder, collect_episodes, record
 from sb3_ext.data.replay_log import ReplayLog, ReplayLogger
 from sb3_ext.data.replay_plan import SUBSETS
+from sb3_ext.data.show import Transitions, list_datasets, sample_transitions, show_dataset
+from sb3_ext.data.verify import DatasetReport, verify_dataset
 from sb3_ext.data.write import Episode, check_new_id, write_dataset
 
 if TYPE_CHECKING:
@@ -18,22 +20,28 @@ if TYPE_CHECKING:
 __all__ = [
     "SUBSETS",
     "DatasetError",
+    "DatasetReport",
     "Episode",
     "EpisodeRecorder",
     "ReplayLog",
     "ReplayLogger",
     "StackFrames",
+    "Transitions",
     "check_new_id",
     "collect_episodes",
     "convert_dqn_replay",
     "default_keys",
     "describe_keys",
+    "list_datasets",
     "load_minari",
     "make_atari_env",
     "make_eval_env",
     "parse_keys",
     "play_episodes",
     "record",
+    "sample_transitions",
+    "show_dataset",
+    "verify_dataset",
     "write_dataset",
 ]
 

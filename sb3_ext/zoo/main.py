@@ -7,17 +7,18 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 from sb3_ext import __version__
 from sb3_ext.data import SUBSETS
 from sb3_ext.zoo.config import ZooError
 
 
-def _verb(module: str, name: str) -> Callable[[argparse.Namespace, list[str]], None]:
+def _verb(module: str, name: str) -> Callable[[argparse.Namespace, list[str]], int]:
     """Function of a command, imported when it is called: only training and playing need PyTorch."""
 
-    def call(args: argparse.Namespace, words: list[str]) -> None:
-        getattr(import_module(f"sb3_ext.zoo.{module}"), name)(args, words)
+    def call(args: argparse.Namespace, words: list[str]) -> int:
+        return getattr(import_module(f"sb3_ext.zoo.{module}"), name)(args, words) or 0
 
     return call
 
@@ -121,6 +122,28 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=_verb("data", "convert"), verbose=1)
 
 
+def _add_looks(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Commands that look at datasets and change nothing."""
+
+    def add(name: str, help_text: str) -> argparse.ArgumentParser:
+        parser = verbs.add_parser(name, help=help_text, allow_abbrev=False)
+        parser.set_defaults(function=_verb("look", {"list": "list_"}.get(name, name)), verbose=1)
+        if name != "list":
+            parser.add_argument("dataset", metavar="DATASET", help="id or path of a Minari dataset")
+        return parser
+
+    add("list", "list the datasets on this machine")
+    add("verify", "check a dataset, and whether CQL can be expected to learn from it; exit code 1 on errors")
+    show = add("show", "draw an episode and the histogram of returns")
+    show.add_argument("--out", type=Path, metavar="PNG", help="picture to write (default: named after the dataset)")
+    show.add_argument("--episode", type=int, help="number of the episode (default: the best)")
+    show.add_argument("--frames", type=int, default=12, help="frames to draw (default 12)")
+    sample = add("sample", "print transitions as JSON lines")
+    sample.add_argument("-n", type=int, default=10, help="how many (default 10)")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
+    sample.add_argument("--out", type=Path, metavar="NPZ", help="write arrays there instead, pictures included")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """
     Describe the command line.
@@ -132,11 +155,12 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(verbs.add_parser("train", help="train an agent", allow_abbrev=False))
     _add_enjoy(verbs.add_parser("enjoy", help="play with a trained agent", allow_abbrev=False))
-    data = verbs.add_parser("data", help="make datasets", allow_abbrev=False)
+    data = verbs.add_parser("data", help="make datasets and look at them", allow_abbrev=False)
     makers = data.add_subparsers(required=True, metavar="COMMAND")
     _add_play(makers.add_parser("play", help="play with the keyboard and keep the episodes", allow_abbrev=False))
     help_text = "convert a log of the DQN Replay Dataset's format"
     _add_convert(makers.add_parser("convert-dqn-replay", help=help_text, allow_abbrev=False))
+    _add_looks(makers)
     return parser
 
 
@@ -145,13 +169,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run the command line.
 
     :param argv: the words after ``sb3x``; default those of the process
-    :return: exit code: 0, 2 for a mistake of the user's, 130 if interrupted without saving
+    :return: exit code: 0, 1 if a dataset has errors, 2 for a mistake of the user's, 130 if interrupted without saving
     """
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
     function = args.__dict__.pop("function")
     try:
-        function(args, words)
+        return int(function(args, words))
     except ZooError as error:
         if args.verbose > 1:
             traceback.print_exc()
@@ -161,7 +185,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sb3x: interrupted.", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

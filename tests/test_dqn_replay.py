@@ -180,6 +180,36 @@ def test_several_processes_give_the_same_bytes(tmp_path: Path) -> None:
     assert digest(Path(one)) == before
 
 
+def test_ray_gives_the_same_bytes_and_the_same_errors(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    folder = write_log(tmp_path, steps_of([60, 30, 41, 77, 12]))
+    data = Path(convert(tmp_path).storage.data_path)
+    before = digest(data)
+    lines: list[str] = []
+    convert(tmp_path, workers=2, engine="ray", overwrite=True, report=lines.append)
+    assert not ray.is_initialized(), "what was started here is shut down"
+    assert digest(data) == before
+    assert sorted(lines) == [f"file {k} is done" for k in range(len(lines))]
+    assert len(lines) > 2
+    rewrite(folder / store_name("reward", 1), lambda a: a * np.float32(np.nan))
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        with pytest.raises(DatasetError, match=r"reward_ckpt.1.gz, row \d+: reward not a number.$") as caught:
+            convert(tmp_path, workers=2, engine="ray", overwrite=True)
+        assert ray.is_initialized(), "what was there is used and left alone"
+    finally:
+        ray.shutdown()
+    assert type(caught.value) is DatasetError
+    assert digest(data) == before
+
+
+def test_ray_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_log(tmp_path, steps_of([60]))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install .*ray"):
+        convert(tmp_path, engine="ray")
+
+
 def test_random_logs(tmp_path: Path) -> None:
     for seed in range(25):
         rng = np.random.default_rng(seed)
@@ -431,7 +461,13 @@ def test_a_full_disk_names_the_bytes_and_loses_nothing(tmp_path: Path, monkeypat
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     write_log(tmp_path, steps_of([60]))
-    for bad in ({"fraction": 0.5}, {"subset": "best"}, {"subset": "first", "fraction": 0}, {"workers": 0}):
+    for bad in (
+        {"fraction": 0.5},
+        {"subset": "best"},
+        {"subset": "first", "fraction": 0},
+        {"workers": 0},
+        {"engine": "slurm"},
+    ):
         with pytest.raises(ValueError, match=r"must be"):
             convert(tmp_path, **bad)
     with pytest.raises(DatasetError, match="There is no log"):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from sb3_ext.data.checks import DatasetError
 from sb3_ext.data.dqn_replay import convert_dqn_replay
+from sb3_ext.data.engines import ENGINES
 from sb3_ext.data.envs import StackFrames, make_atari_env
 from sb3_ext.data.play import default_keys, describe_keys, parse_keys, play_episodes
 from sb3_ext.data.record import EpisodeRecorder, collect_episodes, record
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from sb3_ext.data.minari import load_minari, make_eval_env
 
 __all__ = [
+    "ENGINES",
     "SUBSETS",
     "DatasetError",
     "DatasetReport",

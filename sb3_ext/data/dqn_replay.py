@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from minari.namespace import create_namespace, list_local_namespaces
 from numpy.typing import NDArray
 
 from sb3_ext.data.checks import DatasetError
+from sb3_ext.data.engines import ENGINES, run_jobs
 from sb3_ext.data.envs import make_atari_env
 from sb3_ext.data.replay_log import STORES, StoreReader, read_store, store_name
 from sb3_ext.data.replay_plan import SUBSETS, Plan, make_plan
@@ -224,6 +223,7 @@ def convert_dqn_replay(
     seed: int = 0,
     verify: bool = True,
     workers: int = 1,
+    engine: str = "processes",
     env: gym.Env[Any, Any] | None = None,
     overwrite: bool = False,
     report: Callable[[str], None] | None = None,
@@ -247,12 +247,15 @@ def convert_dqn_replay(
     :param seed: seed of the draw of episodes
     :param verify: read every file to its end and check its checksum; False stops after the last row needed
     :param workers: files to convert at the same time, each in a process of its own
+    :param engine: ``"processes"``: on this machine; ``"ray"``: as Ray tasks, on the cluster that ``RAY_ADDRESS`` names,
+        whose machines must see ``folder`` and Minari's folder under the same paths, else on this machine
     :param env: what the log was made in; default ``make_atari_env(game)``
     :param overwrite: replace a dataset of the same id
     :param report: receives a line per step of the work
     :return: the dataset
     :raises DatasetError: if the log is missing, damaged or of another format, or the disk is full; names the file
-    :raises ValueError: for an unknown subset, a bad fraction, or an id that is malformed or taken
+    :raises ValueError: for an unknown subset or engine, a bad fraction, or an id that is malformed or taken
+    :raises ImportError: if Ray is asked for and not installed
     """
     if subset is not None and subset not in SUBSETS:
         raise ValueError(f"subset must be one of {', '.join(SUBSETS)}, not {subset!r}.")
@@ -260,6 +263,8 @@ def convert_dqn_replay(
         raise ValueError(f"fraction must be in (0, 1] and needs a subset ({', '.join(SUBSETS)}), got {fraction}.")
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}.")
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, not {engine!r}.")
     say = report or (lambda line: None)
     namespace, final = check_new_id(dataset_id, overwrite=True)
     env = env if env is not None else make_atari_env(game)
@@ -283,7 +288,7 @@ def convert_dqn_replay(
     work = final.with_name(f".{final.name}-convert")
     try:
         with _full_disk(work, _expected_bytes(plan)):
-            _work(plan, work, digest, env, verify, workers, say)
+            _work(plan, work, digest, env, verify, workers, engine, say)
             facts = _facts(plan, game, run, options, digest, dataset_id, env, work)
             _finish(work, final, namespace, env, facts)
     finally:
@@ -292,7 +297,14 @@ def convert_dqn_replay(
 
 
 def _work(
-    plan: Plan, work: Path, digest: str, env: gym.Env[Any, Any], verify: bool, workers: int, say: Callable[[str], None]
+    plan: Plan,
+    work: Path,
+    digest: str,
+    env: gym.Env[Any, Any],
+    verify: bool,
+    workers: int,
+    engine: str,
+    say: Callable[[str], None],
 ) -> None:
     mark = work / "plan.txt"
     if not mark.exists() or mark.read_text() != digest:
@@ -302,14 +314,8 @@ def _work(
     assert isinstance(env.action_space, spaces.Discrete)
     height, width = env.observation_space.shape or (0, 0)
     jobs = [_Job(plan, s, work, int(env.action_space.n), (height, width), verify) for s in sorted(plan.segments)]
-    if workers == 1:
-        for job in jobs:
-            _convert_file(job)
-            say(f"file {job.suffix} is done")
-    else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for job, _ in zip(jobs, pool.map(_convert_file, jobs), strict=True):
-                say(f"file {job.suffix} is done")
+    for job in run_jobs(_convert_file, jobs, workers, engine):
+        say(f"file {job.suffix} is done")
     _write_file(work / "joined.json", json.dumps(_join(plan, work)).encode())
 
 

@@ -163,7 +163,8 @@ def _warn(source: Source, tally: _Tally) -> list[str]:
         shown = ", ".join(f"{number} = {first}" for number, first in tally.repeated[:5])
         found.append(
             f"{len(tally.repeated)} of {len(tally.returns)} episodes repeat an earlier one bit by bit ({shown}"
-            f"{', ...' if len(tally.repeated) > 5 else ''}): the same seed and the same actions. They add nothing."
+            f"{', ...' if len(tally.repeated) > 5 else ''}). Short games do that by chance; otherwise every reset had "
+            "the same seed."
         )
     stored = (source.metadata.get("behaviour_return") or {}).get("mean")
     mean = float(np.mean(tally.returns)) if tally.returns else np.nan

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from sb3_ext import __version__
-from sb3_ext.data import SUBSETS
+from sb3_ext.data import ENGINES, SUBSETS
 from sb3_ext.zoo.config import ZooError
 
 
@@ -117,6 +117,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="seed of the draw of episodes (default 0)")
     add("--no-verify", action="store_true", help="stop after the last row needed instead of checking checksums")
     add("--workers", type=int, default=1, help="files to convert at the same time (default 1)")
+    add(
+        "--engine",
+        choices=ENGINES,
+        default="processes",
+        help="what runs the workers (default processes; ray: see docs)",
+    )
     add("--env", help="environment the log was made in (default: the Atari game)")
     add("--overwrite", action="store_true", help="replace a dataset of the same id")
     parser.set_defaults(function=_verb("data", "convert"), verbose=1)

@@ -60,20 +60,29 @@ def _full_disk(work: Path, needed: int) -> Iterator[None]:
         ) from error
 
 
-def _write_file(path: Path, data: bytes | memoryview) -> None:
+def _write_file(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.part")
     partial.write_bytes(data)
     os.replace(partial, path)
 
 
+def _frames(rows: int, shape: tuple[int, ...], ended: bool) -> NDArray[np.uint8]:
+    """Room for an episode's frames, and for what its last step led to if the log does not hold that."""
+    return np.empty((rows + ended, *shape), np.uint8)
+
+
 def _write_episode(
     folder: Path, number: int, frames: NDArray[np.uint8], actions: NDArray[Any], rewards: NDArray[Any], ended: bool
 ) -> float:
-    """Write one episode as Minari's Arrow storage does, but compressed (zstd); return its return."""
+    """
+    Write one episode as Minari's Arrow storage does, but compressed (zstd); return its return.
+
+    ``frames`` are those of :func:`_frames`. They are not copied: the longest episodes have 190 MB of them.
+    """
     import pyarrow as pa  # here, because it takes a second
 
     if ended:  # the log does not hold what the last step led to; nothing is learned from it
-        frames = np.concatenate([frames, frames[-1:]])
+        frames[-1] = frames[-2]
     else:
         actions, rewards = actions[:-1], rewards[:-1]
     steps = len(actions)
@@ -90,13 +99,13 @@ def _write_episode(
             "truncations": last & (not ended),
         }
     )
-    sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1), use_threads=False)
-    with pa.ipc.new_file(sink, batch.schema, options=options) as writer:
-        writer.write_batch(batch)
     target = folder / str(number)
     target.mkdir(exist_ok=True)
-    _write_file(target / "part-0.arrow", memoryview(sink.getvalue()))
+    partial = target / ".part-0.arrow.part"
+    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1), use_threads=False)
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema, options=options) as writer:
+        writer.write_batch(batch)
+    os.replace(partial, target / "part-0.arrow")
     total = float(rewards.sum(dtype=np.float64))
     facts = {"id": number, "total_steps": steps, **{f"rewards_{k}": getattr(rewards, k)().item() for k in _FACTS}}
     _write_file(target / "metadata.json", json.dumps(facts | {"rewards_sum": total}).encode())
@@ -136,7 +145,8 @@ def _convert_file(job: _Job) -> None:
             raise DatasetError(f"{path}: frames of {reader.shape[1:]}, the environment shows {job.shape}.")
         position, chunk, base = 0, np.empty((0, *job.shape), np.uint8), 0
         for segment in plan.segments[suffix]:
-            frames = np.empty((segment.stop - segment.start, *job.shape), np.uint8)
+            ended = segment.parts == 1 and bool(plan.terminated[segment.episode])
+            frames = _frames(segment.stop - segment.start, job.shape, ended)
             row = segment.start
             while row < segment.stop:
                 while row >= base + len(chunk):
@@ -149,7 +159,6 @@ def _convert_file(job: _Job) -> None:
                 row = stop
             span = slice(segment.start, segment.stop)
             if segment.parts == 1:
-                ended = bool(plan.terminated[segment.episode])
                 returns[segment.episode] = _write_episode(
                     job.work / "data", segment.episode, frames, actions[span], rewards[span], ended
                 )
@@ -178,18 +187,20 @@ def _check_padding(plan: Plan, suffix: int, path: Path, base: int, chunk: NDArra
         )
 
 
-def _join(plan: Plan, work: Path) -> dict[int, float]:
+def _join(plan: Plan, work: Path, shape: tuple[int, int]) -> dict[int, float]:
     """Write the episodes that run across files."""
     several = {s.episode: s.parts for found in plan.segments.values() for s in found if s.parts > 1}
     returns = {}
     for number, parts in sorted(several.items()):
         loaded = [np.load(work / f"part-{number}-{k}.npz", allow_pickle=False) for k in range(parts)]
-        frames, actions, rewards = (
-            np.concatenate([part[name] for part in loaded]) for name in ("frames", "actions", "rewards")
-        )
+        actions, rewards = (np.concatenate([part[name] for part in loaded]) for name in ("actions", "rewards"))
+        ended, row = bool(plan.terminated[number]), 0
+        frames = _frames(len(actions), shape, ended)
         for part in loaded:
+            rows = len(part["actions"])
+            frames[row : row + rows] = part["frames"]
+            row += rows
             part.close()
-        ended = bool(plan.terminated[number])
         returns[number] = _write_episode(work / "data", number, frames, actions, rewards, ended)
     return returns
 
@@ -316,7 +327,7 @@ def _work(
     jobs = [_Job(plan, s, work, int(env.action_space.n), (height, width), verify) for s in sorted(plan.segments)]
     for job in run_jobs(_convert_file, jobs, workers, engine):
         say(f"file {job.suffix} is done")
-    _write_file(work / "joined.json", json.dumps(_join(plan, work)).encode())
+    _write_file(work / "joined.json", json.dumps(_join(plan, work, (height, width))).encode())
 
 
 def _facts(

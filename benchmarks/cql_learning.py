@@ -33,10 +33,12 @@ from learning_envs import MinAtarCNN, SmallCNN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
-from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ext import BC, CQL, make_eval_env
-from sb3_ext.data import Episode, EpisodeRecorder, collect_episodes, write_dataset
+from sb3_ext.data import collect_episodes, write_dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "datasets"))
+from ppo_log import LOGS, make_dataset
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "learning"
@@ -56,7 +58,7 @@ CATCH = {
 
 TASKS: dict[str, dict[str, Any]] = {
     "cartpole": {
-        "dataset": "sb3ext/cartpole/ppo-learning-v0",
+        "dataset": "cartpole/mixed-v0",
         "policy": "MlpPolicy",
         "steps": 20_000,
         "eval_every": 2_000,
@@ -69,7 +71,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "cql": {"target_update_interval": 500, "cql_alpha": 1.0},
     },
     "minatar": {
-        "dataset": "sb3ext/minatar-breakout/ppo-learning-v0",
+        "dataset": "minatar/breakout/mixed-v0",
         "policy": "MlpPolicy",
         "steps": 40_000,
         "eval_every": 10_000,
@@ -105,37 +107,14 @@ TASKS: dict[str, dict[str, Any]] = {
 ALGOS = ("cql", "qrdqn", "bc")
 
 
-def _ppo_log(env_id: str, steps: int, keep: float, seed: int, **ppo: Any) -> list[Episode]:
-    """Episodes of a PPO from its first step to its last."""
-    episodes: list[Episode] = []
-    env = DummyVecEnv(
-        [lambda n=n: EpisodeRecorder(gym.make(env_id), episodes, keep, seed=1000 * seed + n) for n in range(8)]
-    )
-    model = sb3.PPO(ppo.pop("policy", "MlpPolicy"), env, seed=seed, **ppo)
-    model.learn(steps)
-    for recorder in env.envs:
-        recorder.get_wrapper_attr("flush")()
-    return [e for e in episodes if len(e.rewards) > 1]
-
-
 def make_data(task: str) -> None:
-    """Make the dataset of a task if it is not here; Breakout's comes from datasets/breakout_scripted.py."""
+    """Make the dataset of a task if it is not here, by its recipe in datasets/ if it has one."""
     dataset_id = TASKS[task]["dataset"]
     if dataset_id in minari.list_local_datasets():
         return
-    how: dict[str, Any] = {"data_format": "hdf5"}
-    if task == "cartpole":
-        env = gym.make("CartPole-v1")
-        episodes = _ppo_log("CartPole-v1", 24_576, 1.0, seed=7, n_steps=256, batch_size=256, learning_rate=1e-3)
-        how["description"] = "All episodes of a PPO during its first 24,576 steps."
-    elif task == "minatar":
-        env = gym.make("MinAtarBreakout-v0")
-        policy_kwargs = {k: MINATAR_POLICY[k] for k in ("features_extractor_class", "net_arch", "normalize_images")}
-        episodes = _ppo_log(
-            "MinAtarBreakout-v0", 1_000_000, 0.25, seed=7, n_steps=128, batch_size=256, n_epochs=4, learning_rate=1e-3,
-            ent_coef=0.01, gamma=0.99, policy_kwargs=policy_kwargs,
-        )  # fmt: skip
-        how["description"] = "A quarter of the episodes of a PPO during its first 1,000,000 steps, in order."
+    recipes = {log["id"]: env_id for env_id, log in LOGS.items()}
+    if dataset_id in recipes:
+        make_dataset(recipes[dataset_id])
     elif task.startswith("catch"):
         env = gym.make("Catch-v0")
         rng = np.random.default_rng(7)
@@ -146,12 +125,13 @@ def make_data(task: str) -> None:
                 return int(rng.integers(3))
             return 1 + int(np.sign(env.unwrapped.ball - env.unwrapped.paddle))
 
-        episodes = collect_episodes(play, env, n_episodes=3000, seed=7)
-        how["description"] = f"3000 episodes of a perfect player that moves at random {share:.0%} of the time."
+        write_dataset(
+            dataset_id, collect_episodes(play, env, n_episodes=3000, seed=7), env, algorithm_name="scripted",
+            description=f"3000 episodes of a perfect player that moves at random {share:.0%} of the time.",
+            data_format="hdf5",
+        )  # fmt: skip
     else:
         sys.exit("Make the dataset first: the second command at the top of datasets/breakout_scripted.py.")
-    name = "scripted" if task.startswith("catch") else "PPO"
-    write_dataset(dataset_id, episodes, env, algorithm_name=name, **how)
 
 
 class LastValues(KVWriter):

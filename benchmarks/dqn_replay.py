@@ -2,14 +2,18 @@
 Converting a log of the DQN Replay Dataset's format: frames per second, memory, size, and a 1 % subset of 50 files.
 
     uv run --all-extras benchmarks/dqn_replay.py
+    uv run --all-extras benchmarks/dqn_replay.py --play        # every row is played: about 8 minutes of CPU more
 
-1. A file of a million rows is written by ``ReplayLog``: 20,000 steps of Breakout by a player that follows the ball and
-   moves at random 30 % of the time, again and again until the file is full.
+1. A file of a million rows (--rows) is written by ``ReplayLog``: 20,000 steps of Breakout by a player that follows the
+   ball and moves at random 30 % of the time, again and again until the file is full. With --play ``ReplayLogger`` logs
+   the player's games until then; the emulator and the player are part of the time.
 2. ``gunzip`` of its frames to nowhere is the floor; the conversion, checksums included, runs in one process. Both CPU
    seconds. Memory is the largest resident set of the process, and how much of it the imports had taken before.
 3. 10,000 transitions drawn at random are compared with the source bit for bit.
 4. 50 links to the file stand for 50 files: the first 10,000 rows of each, without checksums, against loading a file
    whole with ``numpy.load`` (timed once, times 50); CPU seconds.
+5. The largest resident set for the longest episode that Dopamine logs, 27,000 steps, of noise, which does not shrink
+   when it is compressed. --longest does this alone and adds it to the results.
 
 It takes about ten minutes and 1 GB of disk; the log is kept in --work.
 """
@@ -31,12 +35,12 @@ from typing import Any
 import numpy as np
 from speed import blocks
 
-from sb3_ext.data import ReplayLog, collect_episodes, make_atari_env
+from sb3_ext.data import ReplayLog, ReplayLogger, collect_episodes, make_atari_env
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "datasets"))
 from breakout_scripted import scripted_player
 
-ROWS, SHARDS = 1_000_000, 50
+SHARDS = 50
 JOB = """
 import json, sys, time
 from pathlib import Path
@@ -58,23 +62,54 @@ print(json.dumps({
 """
 
 
-def make_log(folder: Path) -> float:
-    """Write the file; return the seconds."""
+def repeat_games(folder: Path, rows: int) -> float:
+    """Write the file from a few games; return the CPU seconds."""
     env = make_atari_env("Breakout")
     episodes = collect_episodes(scripted_player(env, 0.3, 0), env, n_steps=20_000, seed=0)
-    start, added = time.perf_counter(), 0
-    log = ReplayLog(folder, (84, 84), ROWS)
-    while added < ROWS - 1:
+    start, added = time.process_time(), 0
+    log = ReplayLog(folder, (84, 84), rows)
+    while added < rows - 1:
         for episode in episodes:
             frames, last = episode.observations, len(episode.actions) - 1
             added += 3
-            for t in range(min(last + 1, max(ROWS - 1 - added, 0))):
+            for t in range(min(last + 1, max(rows - 1 - added, 0))):
                 log.add(frames[t], int(episode.actions[t]), float(np.clip(episode.rewards[t], -1, 1)), t == last)
             added += last + 1
+    return time.process_time() - start
+
+
+def play_games(folder: Path, rows: int) -> float:
+    """Play until the file is full; return the CPU seconds."""
+    start = time.process_time()
+    env = ReplayLogger(make_atari_env("Breakout"), folder.parents[2], "Breakout", capacity=rows)
+    player, done, seed = scripted_player(env, 0.3, 0), True, 0
+    while not (folder / "add_count_ckpt.0.gz").exists():
+        if done:
+            observation, _ = env.reset(seed=seed)
+            seed += 1
+        observation, _, terminated, truncated, _ = env.step(player(observation))
+        done = terminated or truncated
+    return time.process_time() - start
+
+
+def make_log(folder: Path, rows: int, play: bool) -> float:
+    """Write the file; return the CPU seconds."""
+    seconds = (play_games if play else repeat_games)(folder, rows)
     # not closed: a second, almost empty file would be written; its beginning is removed
     for part in folder.glob(".*.part"):
         part.unlink()
-    return time.perf_counter() - start
+    return seconds
+
+
+def longest_episode(work: Path) -> dict[str, Any]:
+    """Convert a log of one episode of 27,000 frames of noise."""
+    shutil.rmtree(work / "longest", ignore_errors=True)
+    log = ReplayLog(work / "longest" / "Breakout" / "1" / "replay_logs", (84, 84), 30_000, level=1)
+    rng = np.random.default_rng(0)
+    for step in range(27_000):
+        log.add(rng.integers(0, 256, (84, 84), np.uint8), 1, 0.0, step == 26_999)
+    log.close()
+    return job(work / "longest", "bench/longest-v0")
 
 
 def job(folder: Path, name: str, subset: str = "", fraction: float = 1.0, verify: bool = True) -> dict[str, Any]:
@@ -84,7 +119,7 @@ def job(folder: Path, name: str, subset: str = "", fraction: float = 1.0, verify
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(folder: Path, name: str, n: int) -> dict[str, int]:
+def compare(folder: Path, name: str, rows: int, n: int) -> dict[str, int]:
     """Compare transitions drawn at random, and all returns, with the arrays that ``numpy.load`` reads."""
     arrays = {}
     for store in ("observation", "action", "reward", "terminal"):
@@ -93,7 +128,7 @@ def compare(folder: Path, name: str, n: int) -> dict[str, int]:
     import minari
 
     dataset = minari.load_dataset(name)
-    ends = np.flatnonzero(arrays["terminal"][: ROWS - 1])
+    ends = np.flatnonzero(arrays["terminal"][: rows - 1])
     starts = np.concatenate([[3], ends + 4])
     lengths = np.array([m["total_steps"] for m in dataset.storage.get_episode_metadata(range(dataset.total_episodes))])
     chosen = np.random.default_rng(0).integers(dataset.total_steps, size=n)
@@ -101,14 +136,14 @@ def compare(folder: Path, name: str, n: int) -> dict[str, int]:
     first = np.cumsum(lengths) - lengths
     different = wrong_returns = 0
     for number in range(dataset.total_episodes):
-        rows = starts[number] + np.arange(lengths[number])
+        mine_rows = starts[number] + np.arange(lengths[number])
         mine = chosen[owners == number] - first[number]
         if not len(mine) and number % 10:
             continue
         episode = dataset[number]
-        wrong_returns += episode.rewards.sum() != arrays["reward"][rows].sum()
+        wrong_returns += episode.rewards.sum() != arrays["reward"][mine_rows].sum()
         for t in mine:
-            row = rows[t]
+            row = mine_rows[t]
             follows = row + 1 if not arrays["terminal"][row] else row
             same = (
                 np.array_equal(episode.observations[t], arrays["observation"][row])
@@ -123,30 +158,42 @@ def compare(folder: Path, name: str, n: int) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the file")
+    parser.add_argument("--play", action="store_true", help="play every row instead of repeating 20,000 of them")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "sb3_ext_dqn_replay"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speed" / "dqn_replay.json")
+    parser.add_argument("--longest", action="store_true", help="see 5")
     args = parser.parse_args()
     os.environ["MINARI_DATASETS_PATH"] = str(args.work / "datasets")
     results: dict[str, Any] = {"benchmark": "dqn_replay", "machine": blocks.machine()}
     results["versions"] = blocks.versions("sb3-ext", "minari", "numpy", "pyarrow")
-    folder = args.work / "log" / "Breakout" / "1" / "replay_logs"
+    if args.longest:
+        results = json.loads(args.out.read_text())
+        results["longest_episode"] = longest_episode(args.work)
+        print(json.dumps(results["longest_episode"], indent=1))
+        blocks.write_results(args.out, results)
+        return
+    results |= {"rows": args.rows, "played": args.play}
+    log = args.work / f"{'play' if args.play else 'log'}-{args.rows}"
+    folder = log / "Breakout" / "1" / "replay_logs"
     if not (folder / "add_count_ckpt.0.gz").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        results["writing_seconds"] = make_log(folder)
+        results["writing_cpu_seconds"] = make_log(folder, args.rows, args.play)
     frames = folder / "$store$_observation_ckpt.0.gz"
-    results["source_bytes_per_frame"] = frames.stat().st_size / ROWS
+    results["source_bytes_per_frame"] = frames.stat().st_size / args.rows
 
     before = os.times()
     subprocess.run(["gunzip", "-c", str(frames)], stdout=subprocess.DEVNULL, check=True)
     after = os.times()
     floor = after.children_user + after.children_system - before.children_user - before.children_system
-    whole = job(args.work / "log", "bench/whole-v0")
+    whole = job(log, "bench/whole-v0")
     whole |= {"gunzip_cpu_seconds": floor, "cpu_ratio_to_gunzip": whole["cpu_seconds"] / floor}
-    whole |= {"frames_per_cpu_second": ROWS / whole["cpu_seconds"], "bytes_per_frame": 1e6 * whole["megabytes"] / ROWS}
+    whole |= {"frames_per_cpu_second": args.rows / whole["cpu_seconds"]}
+    whole["bytes_per_frame"] = 1e6 * whole["megabytes"] / args.rows
     results["whole"] = whole
     print(json.dumps(whole, indent=1), flush=True)
 
-    results["comparison"] = compare(folder, "bench/whole-v0", 10_000)
+    results["comparison"] = compare(folder, "bench/whole-v0", args.rows, 10_000)
     print(results["comparison"], flush=True)
 
     shards = args.work / "shards" / "Breakout" / "1" / "replay_logs"
@@ -157,7 +204,7 @@ def main() -> None:
             target = shards / path.name.replace(".0.gz", f".{k}.gz")
             if path.name.startswith("add_count"):
                 with gzip.open(target, "wb") as file:
-                    np.save(file, np.array(ROWS * k + ROWS - 1))
+                    np.save(file, np.array(args.rows * k + args.rows - 1))
             else:
                 os.link(path, target)
     start = time.process_time()
@@ -169,6 +216,7 @@ def main() -> None:
     subset |= {"times_faster_cpu": SHARDS * loading / subset["cpu_seconds"]}
     results["one_percent"] = subset
     print(json.dumps(subset, indent=1), flush=True)
+    results["longest_episode"] = longest_episode(args.work)
     results["load_average_after"] = os.getloadavg()
     blocks.write_results(args.out, results)
 

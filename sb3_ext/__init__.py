@@ -1,14 +1,14 @@
 """Systems that Stable-Baselines3 users ask for, in the shape of Stable-Baselines3."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sb3_ext.common.prioritized import PrioritizedReplayBuffer
-from sb3_ext.cql import BC, CQL
-from sb3_ext.data import load_minari, make_eval_env, record
-from sb3_ext.dqn import DQN, QRDQN
-from sb3_ext.efficientzero import EfficientZeroV2
-
 if TYPE_CHECKING:
+    from sb3_ext.common.prioritized import PrioritizedReplayBuffer
+    from sb3_ext.cql import BC, CQL
+    from sb3_ext.data import load_minari, make_eval_env, record
+    from sb3_ext.dqn import DQN, QRDQN
+    from sb3_ext.efficientzero import EfficientZeroV2
     from sb3_ext.gail import GAIL as GAIL
 
 __version__ = "0.1.0"
@@ -24,11 +24,33 @@ __all__ = [
     "record",
 ]
 
+_HOMES = {
+    "BC": "cql",
+    "CQL": "cql",
+    "DQN": "dqn",
+    "GAIL": "gail",  # not in __all__: it needs a library that nothing else needs
+    "QRDQN": "dqn",
+    "EfficientZeroV2": "efficientzero",
+    "PrioritizedReplayBuffer": "common.prioritized",
+    "load_minari": "data",
+    "make_eval_env": "data",
+    "record": "data",
+}
+_PACKAGES = ("common", "cql", "data", "dqn", "efficientzero", "gail", "zoo")
+
 
 def __getattr__(name: str) -> Any:
-    """Import GAIL when it is asked for: it needs a library that nothing else needs."""
-    if name == "GAIL":
-        from sb3_ext.gail import GAIL
+    """Import a public name when it is asked for: PyTorch takes 650 MB and two seconds, which not everything needs."""
+    if name in _HOMES:
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name in _PACKAGES:
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
-        return GAIL
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    """List the names that are not imported yet, too."""
+    return sorted({*globals(), *__all__})

@@ -5,12 +5,14 @@ import inspect
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sb3_contrib
 import stable_baselines3 as sb3
+from stable_baselines3.common.base_class import BaseAlgorithm
 
 import sb3_ext
 
@@ -117,6 +119,25 @@ def test_public_docstrings_name_every_parameter(name: str) -> None:
         names = list(inspect.signature(thing).parameters)
     text = inspect.getdoc(thing) or ""
     assert not [n for n in names if f":param {n}:" not in text]
+
+
+def test_names_are_imported_when_they_are_asked_for() -> None:
+    code = """
+import sys, sb3_ext, sb3_ext.data
+assert {*sb3_ext.__all__} <= set(dir(sb3_ext)) and {*sb3_ext.data.__all__} <= set(dir(sb3_ext.data))
+before = "torch" in sys.modules
+from sb3_ext import *
+import sb3_ext.data.record
+print(before, [n for n in sb3_ext.__all__ if globals()[n] is not getattr(sb3_ext, n)], sb3_ext.cql.CQL is CQL)
+print(sb3_ext.data.record is record, sb3_ext.data.load_minari is load_minari, hasattr(sb3_ext, "nothing"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "[]", "True", "True", "True", "False"]
+
+
+@pytest.mark.parametrize("point", entry_points(group="sb3_ext.algos"), ids=lambda p: p.name)
+def test_entry_points_lead_to_classes(point: EntryPoint) -> None:
+    assert issubclass(point.load(), BaseAlgorithm)
 
 
 def test_py_typed_is_shipped() -> None:

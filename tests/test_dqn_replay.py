@@ -180,6 +180,36 @@ def test_several_processes_give_the_same_bytes(tmp_path: Path) -> None:
     assert digest(Path(one)) == before
 
 
+def test_ray_gives_the_same_bytes_and_the_same_errors(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    folder = write_log(tmp_path, steps_of([60, 30, 41, 77, 12]))
+    data = Path(convert(tmp_path).storage.data_path)
+    before = digest(data)
+    lines: list[str] = []
+    convert(tmp_path, workers=2, engine="ray", overwrite=True, report=lines.append)
+    assert not ray.is_initialized(), "what was started here is shut down"
+    assert digest(data) == before
+    assert sorted(lines) == [f"file {k} is done" for k in range(len(lines))]
+    assert len(lines) > 2
+    rewrite(folder / store_name("reward", 1), lambda a: a * np.float32(np.nan))
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        with pytest.raises(DatasetError, match=r"reward_ckpt.1.gz, row \d+: reward not a number.$") as caught:
+            convert(tmp_path, workers=2, engine="ray", overwrite=True)
+        assert ray.is_initialized(), "what was there is used and left alone"
+    finally:
+        ray.shutdown()
+    assert type(caught.value) is DatasetError
+    assert digest(data) == before
+
+
+def test_ray_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_log(tmp_path, steps_of([60]))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install .*ray"):
+        convert(tmp_path, engine="ray")
+
+
 def test_random_logs(tmp_path: Path) -> None:
     for seed in range(25):
         rng = np.random.default_rng(seed)
@@ -431,7 +461,13 @@ def test_a_full_disk_names_the_bytes_and_loses_nothing(tmp_path: Path, monkeypat
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     write_log(tmp_path, steps_of([60]))
-    for bad in ({"fraction": 0.5}, {"subset": "best"}, {"subset": "first", "fraction": 0}, {"workers": 0}):
+    for bad in (
+        {"fraction": 0.5},
+        {"subset": "best"},
+        {"subset": "first", "fraction": 0},
+        {"workers": 0},
+        {"engine": "slurm"},
+    ):
         with pytest.raises(ValueError, match=r"must be"):
             convert(tmp_path, **bad)
     with pytest.raises(DatasetError, match="There is no log"):
@@ -447,6 +483,25 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ with a game, from the command line
+
+
+def test_pytorch_and_sb3_are_not_even_imported(tmp_path: Path) -> None:
+    """They take 700 MB, three quarters of what a conversion once needed."""
+    env = ReplayLogger(make_atari_env("Breakout"), tmp_path, "Breakout", capacity=60, level=1)
+    env.reset(seed=0)
+    for _ in range(100):
+        env.step(1)
+    env.close()
+    code = """
+import sys
+from sb3_ext.zoo.main import main
+words = ["data", "convert-dqn-replay", sys.argv[1], "--game", "Breakout", "--id", "atari/breakout/log-v0"]
+assert main(words) == 0
+print(sorted({"torch", "stable_baselines3", "numba", "pyarrow"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['pyarrow']"
+    assert minari.load_dataset("atari/breakout/log-v0").total_steps == 99
 
 
 def test_a_games_log_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import minari
 import numpy as np
 import pytest
 from gymnasium import spaces
+from minari.dataset.minari_storage import MinariStorage
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -222,6 +223,26 @@ def test_metadata_of_each_episode(data_format: str) -> None:
     for name, values in {"sum": (6, 8), "mean": (2, 8 / 3), "min": (1, 0), "max": (3, 4)}.items():
         assert (first[f"rewards_{name}"], second[f"rewards_{name}"]) == pytest.approx(values)
     assert first["rewards_std"] == pytest.approx(np.sqrt(2 / 3))
+
+
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow", "parquet"])
+def test_the_size_is_not_measured_after_every_episode(data_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, measure = 0, MinariStorage.get_size
+
+    def counted(storage: MinariStorage) -> float:
+        nonlocal calls
+        calls += 1
+        return float(measure(storage))
+
+    monkeypatch.setattr(MinariStorage, "get_size", counted)
+    counts = []
+    for n in (2, 20):
+        dataset = record(None, gym.make("CartPole-v1"), f"by/hand-v{n}", n_episodes=n, data_format=data_format)
+        counts.append(calls)
+        calls = 0
+        size = sum(f.stat().st_size for f in Path(dataset.storage.data_path).rglob("*") if f.is_file()) / 1e6
+        assert dataset.storage.metadata["dataset_size"] == pytest.approx(size, abs=0.2)  # folders have a size, too
+    assert counts[0] == counts[1] <= 2
 
 
 def test_what_the_caller_adds_to_the_metadata() -> None:

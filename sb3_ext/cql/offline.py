@@ -27,6 +27,7 @@ from sb3_ext.common.mixed import MixedReplayBuffer
 from sb3_ext.common.training import MetricMeans, train_weighted
 from sb3_ext.cql.support import OfflineEnv, OfflineProgressBar, check_policy, short_space, warn_on_overestimation
 from sb3_ext.data.minari import DatasetLike, load_minari
+from sb3_ext.data.outlook import action_coverage
 from sb3_ext.dqn.dqn import QRDQN
 
 
@@ -268,8 +269,7 @@ class OfflineQRDQN(QRDQN):
     def _log_coverage(self) -> None:
         if isinstance(self.replay_buffer, OfflineReplayBuffer):
             share = self.replay_buffer.action_counts() / self.replay_buffer.buffer_size
-            entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
-            self.logger.record("dataset/action_coverage", float(np.exp(entropy) / len(share)))
+            self.logger.record("dataset/action_coverage", action_coverage(share))
             self.logger.record("dataset/rarest_action_share", float(share.min()))
             self.logger.record("dataset/behaviour_return", float(self.replay_buffer.episode_returns().mean()))
 

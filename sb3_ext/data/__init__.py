@@ -1,30 +1,42 @@
-"""Minari datasets in and out."""
+"""Minari datasets in and out. Nothing is imported from PyTorch or SB3 before it is needed."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from sb3_ext.data.checks import DatasetError
 from sb3_ext.data.dqn_replay import convert_dqn_replay
+from sb3_ext.data.engines import ENGINES
 from sb3_ext.data.envs import StackFrames, make_atari_env
 from sb3_ext.data.hub import download, publish
-from sb3_ext.data.minari import load_minari, make_eval_env
 from sb3_ext.data.play import default_keys, describe_keys, parse_keys, play_episodes
 from sb3_ext.data.record import EpisodeRecorder, collect_episodes, record
 from sb3_ext.data.replay_log import ReplayLog, ReplayLogger
 from sb3_ext.data.replay_plan import SUBSETS
+from sb3_ext.data.show import Transitions, list_datasets, sample_transitions, show_dataset
+from sb3_ext.data.verify import DatasetReport, verify_dataset
 from sb3_ext.data.write import Episode, check_new_id, write_dataset
 
+if TYPE_CHECKING:
+    from sb3_ext.data.minari import load_minari, make_eval_env
+
 __all__ = [
+    "ENGINES",
     "SUBSETS",
     "DatasetError",
+    "DatasetReport",
     "Episode",
     "EpisodeRecorder",
     "ReplayLog",
     "ReplayLogger",
     "StackFrames",
+    "Transitions",
     "check_new_id",
     "collect_episodes",
     "convert_dqn_replay",
     "default_keys",
     "describe_keys",
     "download",
+    "list_datasets",
     "load_minari",
     "make_atari_env",
     "make_eval_env",
@@ -32,5 +44,24 @@ __all__ = [
     "play_episodes",
     "publish",
     "record",
+    "sample_transitions",
+    "show_dataset",
+    "verify_dataset",
     "write_dataset",
 ]
+
+
+_LATER = {"load_minari": "minari", "make_eval_env": "minari"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what builds on PyTorch when it is asked for."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the names that are not imported yet, too."""
+    return sorted({*globals(), *__all__})

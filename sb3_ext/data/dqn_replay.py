@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from minari.dataset.minari_storage import MinariStorage
 from numpy.typing import NDArray
 
 from sb3_ext.data.checks import DatasetError
+from sb3_ext.data.engines import ENGINES, run_jobs
 from sb3_ext.data.envs import make_atari_env
 from sb3_ext.data.folders import ensure_namespace, full_disk, lock_folder, replace_folder, write_file
 from sb3_ext.data.replay_log import STORES, StoreReader, read_store, store_name
@@ -44,14 +43,23 @@ class _Job:
     verify: bool
 
 
+def _frames(rows: int, shape: tuple[int, ...], ended: bool) -> NDArray[np.uint8]:
+    """Room for an episode's frames, and for what its last step led to if the log does not hold that."""
+    return np.empty((rows + ended, *shape), np.uint8)
+
+
 def _write_episode(
     folder: Path, number: int, frames: NDArray[np.uint8], actions: NDArray[Any], rewards: NDArray[Any], ended: bool
 ) -> float:
-    """Write one episode as Minari's Arrow storage does, but compressed (zstd); return its return."""
+    """
+    Write one episode as Minari's Arrow storage does, but compressed (zstd); return its return.
+
+    ``frames`` are those of :func:`_frames`. They are not copied: the longest episodes have 190 MB of them.
+    """
     import pyarrow as pa  # here, because it takes a second
 
     if ended:  # the log does not hold what the last step led to; nothing is learned from it
-        frames = np.concatenate([frames, frames[-1:]])
+        frames[-1] = frames[-2]
     else:
         actions, rewards = actions[:-1], rewards[:-1]
     steps = len(actions)
@@ -68,13 +76,13 @@ def _write_episode(
             "truncations": last & (not ended),
         }
     )
-    sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1), use_threads=False)
-    with pa.ipc.new_file(sink, batch.schema, options=options) as writer:
-        writer.write_batch(batch)
     target = folder / str(number)
     target.mkdir(exist_ok=True)
-    write_file(target / "part-0.arrow", memoryview(sink.getvalue()))
+    partial = target / ".part-0.arrow.part"
+    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1), use_threads=False)
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema, options=options) as writer:
+        writer.write_batch(batch)
+    os.replace(partial, target / "part-0.arrow")
     total = float(rewards.sum(dtype=np.float64))
     facts = {"id": number, "total_steps": steps, **{f"rewards_{k}": getattr(rewards, k)().item() for k in _FACTS}}
     write_file(target / "metadata.json", json.dumps(facts | {"rewards_sum": total}).encode())
@@ -114,7 +122,8 @@ def _convert_file(job: _Job) -> None:
             raise DatasetError(f"{path}: frames of {reader.shape[1:]}, the environment shows {job.shape}.")
         position, chunk, base = 0, np.empty((0, *job.shape), np.uint8), 0
         for segment in plan.segments[suffix]:
-            frames = np.empty((segment.stop - segment.start, *job.shape), np.uint8)
+            ended = segment.parts == 1 and bool(plan.terminated[segment.episode])
+            frames = _frames(segment.stop - segment.start, job.shape, ended)
             row = segment.start
             while row < segment.stop:
                 while row >= base + len(chunk):
@@ -127,7 +136,6 @@ def _convert_file(job: _Job) -> None:
                 row = stop
             span = slice(segment.start, segment.stop)
             if segment.parts == 1:
-                ended = bool(plan.terminated[segment.episode])
                 returns[segment.episode] = _write_episode(
                     job.work / "data", segment.episode, frames, actions[span], rewards[span], ended
                 )
@@ -156,18 +164,20 @@ def _check_padding(plan: Plan, suffix: int, path: Path, base: int, chunk: NDArra
         )
 
 
-def _join(plan: Plan, work: Path) -> dict[int, float]:
+def _join(plan: Plan, work: Path, shape: tuple[int, int]) -> dict[int, float]:
     """Write the episodes that run across files."""
     several = {s.episode: s.parts for found in plan.segments.values() for s in found if s.parts > 1}
     returns = {}
     for number, parts in sorted(several.items()):
         loaded = [np.load(work / f"part-{number}-{k}.npz", allow_pickle=False) for k in range(parts)]
-        frames, actions, rewards = (
-            np.concatenate([part[name] for part in loaded]) for name in ("frames", "actions", "rewards")
-        )
+        actions, rewards = (np.concatenate([part[name] for part in loaded]) for name in ("actions", "rewards"))
+        ended, row = bool(plan.terminated[number]), 0
+        frames = _frames(len(actions), shape, ended)
         for part in loaded:
+            rows = len(part["actions"])
+            frames[row : row + rows] = part["frames"]
+            row += rows
             part.close()
-        ended = bool(plan.terminated[number])
         returns[number] = _write_episode(work / "data", number, frames, actions, rewards, ended)
     return returns
 
@@ -201,6 +211,7 @@ def convert_dqn_replay(
     seed: int = 0,
     verify: bool = True,
     workers: int = 1,
+    engine: str = "processes",
     env: gym.Env[Any, Any] | None = None,
     overwrite: bool = False,
     report: Callable[[str], None] | None = None,
@@ -224,12 +235,15 @@ def convert_dqn_replay(
     :param seed: seed of the draw of episodes
     :param verify: read every file to its end and check its checksum; False stops after the last row needed
     :param workers: files to convert at the same time, each in a process of its own
+    :param engine: ``"processes"``: on this machine; ``"ray"``: as Ray tasks, on the cluster that ``RAY_ADDRESS`` names,
+        whose machines must see ``folder`` and Minari's folder under the same paths, else on this machine
     :param env: what the log was made in; default ``make_atari_env(game)``
     :param overwrite: replace a dataset of the same id
     :param report: receives a line per step of the work
     :return: the dataset
     :raises DatasetError: if the log is missing, damaged or of another format, or the disk is full; names the file
-    :raises ValueError: for an unknown subset, a bad fraction, or an id that is malformed or taken
+    :raises ValueError: for an unknown subset or engine, a bad fraction, or an id that is malformed or taken
+    :raises ImportError: if Ray is asked for and not installed
     """
     if subset is not None and subset not in SUBSETS:
         raise ValueError(f"subset must be one of {', '.join(SUBSETS)}, not {subset!r}.")
@@ -237,6 +251,8 @@ def convert_dqn_replay(
         raise ValueError(f"fraction must be in (0, 1] and needs a subset ({', '.join(SUBSETS)}), got {fraction}.")
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}.")
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, not {engine!r}.")
     say = report or (lambda line: None)
     namespace, final = check_new_id(dataset_id, overwrite=True)
     env = env if env is not None else make_atari_env(game)
@@ -256,14 +272,21 @@ def convert_dqn_replay(
         lock_folder(final, f"Another process is converting to {dataset_id}."),
         full_disk(final.parent, _expected_bytes(plan)),
     ):
-        _work(plan, work, digest, env, verify, workers, say)
+        _work(plan, work, digest, env, verify, workers, engine, say)
         facts = _facts(plan, game, run, options, digest, dataset_id, env, work)
         _finish(work, final, namespace, env, facts)
     return minari.load_dataset(dataset_id)
 
 
 def _work(
-    plan: Plan, work: Path, digest: str, env: gym.Env[Any, Any], verify: bool, workers: int, say: Callable[[str], None]
+    plan: Plan,
+    work: Path,
+    digest: str,
+    env: gym.Env[Any, Any],
+    verify: bool,
+    workers: int,
+    engine: str,
+    say: Callable[[str], None],
 ) -> None:
     mark = work / "plan.txt"
     if not mark.exists() or mark.read_text() != digest:
@@ -273,15 +296,9 @@ def _work(
     assert isinstance(env.action_space, spaces.Discrete)
     height, width = env.observation_space.shape or (0, 0)
     jobs = [_Job(plan, s, work, int(env.action_space.n), (height, width), verify) for s in sorted(plan.segments)]
-    if workers == 1:
-        for job in jobs:
-            _convert_file(job)
-            say(f"file {job.suffix} is done")
-    else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for job, _ in zip(jobs, pool.map(_convert_file, jobs), strict=True):
-                say(f"file {job.suffix} is done")
-    write_file(work / "joined.json", json.dumps(_join(plan, work)).encode())
+    for job in run_jobs(_convert_file, jobs, workers, engine):
+        say(f"file {job.suffix} is done")
+    write_file(work / "joined.json", json.dumps(_join(plan, work, (height, width))).encode())
 
 
 def _facts(

@@ -8,7 +8,6 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
-from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 
 ATARI_MAX_STEPS = 27_000
 """Agent steps after which Dopamine ends an episode (30 minutes of play at 60 Hz and frame skip 4)."""
@@ -25,6 +24,10 @@ def is_frame_space(space: spaces.Space[Any]) -> bool:
         return False
     if len(space.shape) == 2:
         return space.dtype == np.uint8 and bool((space.low == 0).all()) and bool((space.high == 255).all())
+    if len(space.shape) != 3:
+        return False
+    from stable_baselines3.common.preprocessing import is_image_space  # here, because it brings PyTorch
+
     return is_image_space(space)
 
 
@@ -41,6 +44,8 @@ def to_channel_first(observations: NDArray[Any], space: spaces.Space[Any]) -> ND
     assert isinstance(space, spaces.Box)
     if len(space.shape) == 2:
         return observations[..., None, :, :]
+    from stable_baselines3.common.preprocessing import is_image_space_channels_first  # here, because it brings PyTorch
+
     return observations if is_image_space_channels_first(space) else np.moveaxis(observations, -1, -3)
 
 

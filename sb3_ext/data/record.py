@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeGuard
 
 import gymnasium as gym
 import minari
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
-from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_ext.common.frames import pack_frames
 from sb3_ext.data.envs import StackFrames
 from sb3_ext.data.write import Episode, write_dataset
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
 
 Policy = Callable[[NDArray[Any]], Any]
 
@@ -78,10 +80,16 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         return observation, reward, terminated, truncated, info
 
 
+def _is_model(policy: BaseAlgorithm | Policy | None) -> TypeGuard[BaseAlgorithm]:
+    from stable_baselines3.common.base_class import BaseAlgorithm  # here, because it brings PyTorch
+
+    return isinstance(policy, BaseAlgorithm)
+
+
 def _as_policy(policy: BaseAlgorithm | Policy | None, env: gym.Env[Any, Any], deterministic: bool) -> Policy:
     if policy is None:
         return lambda observation: env.action_space.sample()
-    if isinstance(policy, BaseAlgorithm):
+    if _is_model(policy):
         model = policy
         return lambda observation: model.predict(observation, deterministic=deterministic)[0]
     if callable(policy):
@@ -91,7 +99,7 @@ def _as_policy(policy: BaseAlgorithm | Policy | None, env: gym.Env[Any, Any], de
 
 def _agent_view(policy: BaseAlgorithm | Policy | None, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     """Stack frames for a model that was trained on stacks of what ``env`` shows."""
-    if not isinstance(policy, BaseAlgorithm) or policy.observation_space == env.observation_space:
+    if not _is_model(policy) or policy.observation_space == env.observation_space:
         return env
     wanted, single = policy.observation_space.shape, StackFrames(env, 1).observation_space.shape
     assert single is not None

@@ -20,7 +20,6 @@ from minari.dataset.minari_storage import MinariStorage, is_image_space
 from minari.serialization import deserialize_space
 from minari.storage.datasets_root_dir import get_dataset_path
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ext.data.checks import ActionSpace, CheckedEpisode, DatasetError, check_episode, check_spaces
 
@@ -87,6 +86,29 @@ class Source:
                 ) from error
         return np.array(lengths, np.int64)
 
+    def raw(self, storage: MinariStorage, episodes: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
+        """
+        Read episodes one after the other as they are stored, unchecked.
+
+        :param storage: the opened data
+        :param episodes: their numbers
+        :return: the episodes
+        :raises DatasetError: naming the first that cannot be read
+        """
+        if storage.FORMAT == "hdf5":
+            found = iter(storage.get_episodes(episodes.tolist()))
+        else:  # one by one: Minari pairs numbers with Arrow batches blindly, and an unreadable file stops all of them
+            found = (next(iter(storage.get_episodes([number]))) for number in episodes.tolist())
+        for number in episodes.tolist():
+            try:
+                episode = next(found)
+            except Exception as error:
+                raise DatasetError(
+                    f"{self.name}, episode {number} cannot be read ({_reason(error)}): the file is damaged or cut "
+                    f"short. {_AGAIN}"
+                ) from error
+            yield episode
+
     def read(
         self, storage: MinariStorage, episodes: NDArray[np.int64], lengths: NDArray[np.int64], strict: bool
     ) -> Iterator[CheckedEpisode]:
@@ -100,29 +122,31 @@ class Source:
         :return: the episodes
         :raises DatasetError: naming episode and step, at the first that is damaged or invalid
         """
-        if storage.FORMAT == "hdf5":
-            found = iter(storage.get_episodes(episodes.tolist()))
-        else:  # one by one: Minari pairs numbers with Arrow batches blindly, and an unreadable file stops all of them
-            found = (next(iter(storage.get_episodes([number]))) for number in episodes.tolist())
-        for number, steps in zip(episodes.tolist(), lengths.tolist(), strict=True):
-            try:
-                episode = next(found)
-            except Exception as error:
-                raise DatasetError(
-                    f"{self.name}, episode {number} cannot be read ({_reason(error)}): the file is damaged or cut "
-                    f"short. {_AGAIN}"
-                ) from error
-            checked = check_episode(episode, number, self.name, self.observation_space, self.action_space, strict)
-            if len(checked.rewards) != steps:
-                raise DatasetError(
-                    f"{self.name}, episode {number} has {len(checked.rewards)} steps, its metadata says {steps}. "
-                    f"{_AGAIN}"
-                )
-            yield checked
+        raw = self.raw(storage, episodes)
+        for episode, number, steps in zip(raw, episodes.tolist(), lengths.tolist(), strict=True):
+            yield self.check(episode, number, steps, strict)
         if storage.FORMAT != "hdf5":
             import pyarrow  # here, because it takes a second and HDF5 does without
 
             pyarrow.default_memory_pool().release_unused()  # or it keeps about 100 MB for the process's life
+
+    def check(self, episode: dict[str, Any], number: int, steps: int, strict: bool) -> CheckedEpisode:
+        """
+        Check an episode.
+
+        :param episode: as it is stored
+        :param number: its number
+        :param steps: how many it must have
+        :param strict: see :func:`~sb3_ext.data.checks.check_episode`
+        :return: the episode
+        :raises DatasetError: naming episode and step
+        """
+        checked = check_episode(episode, number, self.name, self.observation_space, self.action_space, strict)
+        if len(checked.rewards) != steps:
+            raise DatasetError(
+                f"{self.name}, episode {number} has {len(checked.rewards)} steps, its metadata says {steps}. {_AGAIN}"
+            )
+        return checked
 
     def read_all(self, strict: bool = True) -> list[CheckedEpisode]:
         """
@@ -135,14 +159,20 @@ class Source:
         storage = self.open()
         return list(self.read(storage, self.episodes, self.episode_lengths(storage), strict))
 
+    @property
+    def lossy(self) -> str | None:
+        """What to say if the images went through JPEG."""
+        if not self.metadata.get("jpeg_encoding", True) or not is_image_space(self.observation_space):
+            return None
+        return (
+            f"{self.name}: Minari stored these images as JPEG, which changed pixels. Record with "
+            "sb3_ext.data.record, or with jpeg_encoding=False."
+        )
+
     def warn_if_lossy(self) -> None:
         """Warn when the images went through JPEG."""
-        if self.metadata.get("jpeg_encoding", True) and is_image_space(self.observation_space):
-            warnings.warn(
-                f"{self.name}: Minari stored these images as JPEG, which changed pixels. Record with "
-                "sb3_ext.data.record, or with jpeg_encoding=False.",
-                stacklevel=3,
-            )
+        if self.lossy:
+            warnings.warn(self.lossy, stacklevel=3)
 
 
 _AGAIN = "Delete the dataset and get it again."
@@ -168,8 +198,15 @@ def _similar(name: str) -> tuple[int, str]:
     return len(known), f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-def _find_path(dataset: str | os.PathLike[str]) -> Path:
-    """Data folder of a dataset given by path or id; an id that is not here is downloaded."""
+def find_path(dataset: str | os.PathLike[str]) -> Path:
+    """
+    Find a dataset's data folder.
+
+    :param dataset: path or id; an id that is not on this machine is downloaded
+    :return: the folder of ``metadata.json``
+    :raises DatasetError: if there is no such dataset
+    :raises TypeError: if it is an environment's id
+    """
     path, name = Path(dataset), os.fspath(dataset)
     for candidate in (path, path / "data"):
         if (candidate / "metadata.json").is_file():
@@ -237,11 +274,13 @@ def open_source(dataset: DatasetLike, build_env: bool = False, continuous: bool 
     :raises DatasetError: if it is missing, damaged or of the wrong kind
     :raises TypeError: if it is not a dataset
     """
-    if isinstance(dataset, (gym.Env, VecEnv)):
-        raise TypeError("A dataset is expected here, not an environment. Pass the environment as env=.")
     if not isinstance(dataset, (minari.MinariDataset, str, os.PathLike)):
+        from stable_baselines3.common.vec_env import VecEnv  # here, because it brings PyTorch
+
+        if isinstance(dataset, (gym.Env, VecEnv)):
+            raise TypeError("A dataset is expected here, not an environment. Pass the environment as env=.")
         raise TypeError(f"A dataset is a minari.MinariDataset, an id or a path, not {type(dataset).__name__}.")
-    path = _find_path(dataset) if isinstance(dataset, (str, os.PathLike)) else Path(dataset.storage.data_path)
+    path = find_path(dataset) if isinstance(dataset, (str, os.PathLike)) else Path(dataset.storage.data_path)
     metadata = _read_metadata(path)
     observation_space, action_space = check_spaces(
         _read_space(metadata, "observation_space", path, build_env),

@@ -8,6 +8,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,16 @@ def _requirements(env: gym.Env[Any, Any]) -> list[str]:
     return [f"{name}=={importlib.metadata.version(name)}" for name in sorted(names)]
 
 
+@contextmanager
+def _unmeasured(storage: MinariStorage) -> Iterator[None]:
+    """Keep Minari from measuring the whole folder after each episode, which makes long logs quadratic to write."""
+    storage.get_size = lambda: 0.0
+    try:
+        yield
+    finally:
+        del storage.get_size
+
+
 def write_dataset(
     dataset_id: str,
     episodes: Iterable[Episode],
@@ -212,7 +223,8 @@ def write_dataset(
                 rewards.append(episode.rewards)
                 yield episode.to_minari(number)
 
-        storage.update_episodes(numbered())
+        with _unmeasured(storage):
+            storage.update_episodes(numbered())
         if not rewards:
             raise ValueError("No episode to write.")
         storage.update_episode_metadata(
@@ -236,7 +248,7 @@ def write_dataset(
         }
         if ref_min_score is not None and ref_max_score is not None:
             facts |= {"ref_min_score": ref_min_score, "ref_max_score": ref_max_score}
-        storage.update_metadata(facts)
+        storage.update_metadata({**facts, "dataset_size": float(storage.get_size())})
         ensure_namespace(namespace)
         replace_folder(partial, final)
     except BaseException:

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import yaml
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_ext import PrioritizedReplayBuffer
-from sb3_ext.data import load_minari
+if TYPE_CHECKING:  # not before they are needed: they bring PyTorch, which `sb3x data` does without
+    from stable_baselines3.common.base_class import BaseAlgorithm
 
 GROUP = "sb3_ext.algos"
 FLAGS = {
@@ -35,8 +32,11 @@ FLAGS = {
 }
 """Constructor arguments that the command line sets, so YAML must not."""
 
-BUFFERS = {"PrioritizedReplayBuffer": PrioritizedReplayBuffer, "ReplayBuffer": ReplayBuffer}
-"""What ``replay_buffer_class`` may name."""
+BUFFERS = {
+    "PrioritizedReplayBuffer": "sb3_ext:PrioritizedReplayBuffer",
+    "ReplayBuffer": "stable_baselines3.common.buffers:ReplayBuffer",
+}
+"""What ``replay_buffer_class`` may name, and where it is."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -250,6 +250,8 @@ def check_keys(algo: Algo, settings: dict[str, Any], where: str) -> None:
             raise ZooError(f"{where}: {key!r} is not set there; use the flag {FLAGS[key]}.")
         if key not in algo.keys:
             raise ZooError(f"{where}: {algo.name} has no setting {key!r}; {hint(str(key), algo.keys)}")
+    from sb3_ext.data import load_minari
+
     known = set(inspect.signature(load_minari).parameters) - {"dataset", "n_steps", "gamma", "device"}
     for key in settings.get("dataset_kwargs") or {}:
         if key not in known:
@@ -316,8 +318,10 @@ def _argument(key: str, value: Any, parameter: inspect.Parameter, where: str) ->
     if key == "replay_buffer_class" and value is not None:
         if value not in BUFFERS:
             raise ZooError(f"{where}: there is no {key} {value!r}; {hint(str(value), BUFFERS)}")
-        return BUFFERS[value]
+        return EntryPoint(value, BUFFERS[value], "").load()
     if isinstance(value, str) and value.startswith("lin_"):
+        from stable_baselines3.common.utils import LinearSchedule
+
         try:
             return LinearSchedule(float(value[4:]), 0.0, 1.0)
         except ValueError as error:

@@ -74,6 +74,7 @@ def convert(args: argparse.Namespace, words: list[str]) -> None:
             seed=args.seed,
             verify=not args.no_verify,
             workers=args.workers,
+            engine=args.engine,
             env=make_env(args.env) if args.env else None,
             overwrite=args.overwrite,
             report=print,

@@ -5,15 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
 
 from sb3_ext import __version__
-from sb3_ext.data import SUBSETS
+from sb3_ext.data import ENGINES, SUBSETS
 from sb3_ext.zoo.config import ZooError
-from sb3_ext.zoo.data import convert, play
-from sb3_ext.zoo.enjoy import enjoy
-from sb3_ext.zoo.hub import download_command, publish_command
-from sb3_ext.zoo.train import train
+
+
+def _verb(module: str, name: str) -> Callable[[argparse.Namespace, list[str]], int]:
+    """Function of a command, imported when it is called: only training and playing need PyTorch."""
+
+    def call(args: argparse.Namespace, words: list[str]) -> int:
+        return getattr(import_module(f"sb3_ext.zoo.{module}"), name)(args, words) or 0
+
+    return call
 
 
 def _steps(text: str) -> int:
@@ -60,7 +67,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("-conf", "--conf-file", metavar="YML", help="hyper-parameters to use instead of the stored ones")
     add("-uuid", "--uuid", action="store_true", help="add a unique id to the run's folder")
     add("--dry-run", action="store_true", help="print the configuration as YAML and stop")
-    parser.set_defaults(function=train)
+    parser.set_defaults(function=_verb("train", "train"))
 
 
 def _add_enjoy(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +88,7 @@ def _add_enjoy(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--video", metavar="FILE", help="write FILE.gif or FILE.mp4")
     add("--seed", type=int, default=0, help="seed (default 0)")
     add("--n-envs", type=int, default=1, help="copies of the environment (default 1)")
-    parser.set_defaults(function=enjoy)
+    parser.set_defaults(function=_verb("enjoy", "enjoy"))
 
 
 def _add_play(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +102,7 @@ def _add_play(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="seed of the first episode (default 0)")
     add("--author", default="The sb3_ext authors", help="who plays, for the metadata")
     add("--overwrite", action="store_true", help="replace a dataset of the same id")
-    parser.set_defaults(function=play, verbose=1)
+    parser.set_defaults(function=_verb("data", "play"), verbose=1)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -109,9 +116,37 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="seed of the draw of episodes (default 0)")
     add("--no-verify", action="store_true", help="stop after the last row needed instead of checking checksums")
     add("--workers", type=int, default=1, help="files to convert at the same time (default 1)")
+    add(
+        "--engine",
+        choices=ENGINES,
+        default="processes",
+        help="what runs the workers (default processes; ray: see docs)",
+    )
     add("--env", help="environment the log was made in (default: the Atari game)")
     add("--overwrite", action="store_true", help="replace a dataset of the same id")
-    parser.set_defaults(function=convert, verbose=1)
+    parser.set_defaults(function=_verb("data", "convert"), verbose=1)
+
+
+def _add_looks(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Commands that look at datasets and change nothing."""
+
+    def add(name: str, help_text: str) -> argparse.ArgumentParser:
+        parser = verbs.add_parser(name, help=help_text, allow_abbrev=False)
+        parser.set_defaults(function=_verb("look", {"list": "list_"}.get(name, name)), verbose=1)
+        if name != "list":
+            parser.add_argument("dataset", metavar="DATASET", help="id or path of a Minari dataset")
+        return parser
+
+    add("list", "list the datasets on this machine")
+    add("verify", "check a dataset, and whether CQL can be expected to learn from it; exit code 1 on errors")
+    show = add("show", "draw an episode and the histogram of returns")
+    show.add_argument("--out", type=Path, metavar="PNG", help="picture to write (default: named after the dataset)")
+    show.add_argument("--episode", type=int, help="number of the episode (default: the best)")
+    show.add_argument("--frames", type=int, default=12, help="frames to draw (default 12)")
+    sample = add("sample", "print transitions as JSON lines")
+    sample.add_argument("-n", type=int, default=10, help="how many (default 10)")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
+    sample.add_argument("--out", type=Path, metavar="NPZ", help="write arrays there instead, pictures included")
 
 
 def _add_publish(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +155,7 @@ def _add_publish(parser: argparse.ArgumentParser) -> None:
     add("--to", required=True, metavar="PLACE", help="hf://user, hf://user/repository, gs://bucket/folder or a folder")
     add("--token", help="access token (default: HF_TOKEN or `hf auth login`); for gs:// the path of a key file")
     add("--overwrite", action="store_true", help="replace the dataset that is there")
-    parser.set_defaults(function=publish_command, verbose=1)
+    parser.set_defaults(function=_verb("hub", "publish_command"), verbose=1)
 
 
 def _add_download(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +163,7 @@ def _add_download(parser: argparse.ArgumentParser) -> None:
     add("address", metavar="ADDRESS", help="hf://user/namespace/name-v0, or a gs:// or file:// address, or a folder")
     add("--token", help="access token (default: HF_TOKEN or `hf auth login`); for gs:// the path of a key file")
     add("--overwrite", action="store_true", help="replace a dataset of the same id")
-    parser.set_defaults(function=download_command, verbose=1)
+    parser.set_defaults(function=_verb("hub", "download_command"), verbose=1)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -142,13 +177,14 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(verbs.add_parser("train", help="train an agent", allow_abbrev=False))
     _add_enjoy(verbs.add_parser("enjoy", help="play with a trained agent", allow_abbrev=False))
-    data = verbs.add_parser("data", help="make, publish and download datasets", allow_abbrev=False)
+    data = verbs.add_parser("data", help="make, look at, publish and download datasets", allow_abbrev=False)
     makers = data.add_subparsers(required=True, metavar="COMMAND")
     _add_play(makers.add_parser("play", help="play with the keyboard and keep the episodes", allow_abbrev=False))
     help_text = "convert a log of the DQN Replay Dataset's format"
     _add_convert(makers.add_parser("convert-dqn-replay", help=help_text, allow_abbrev=False))
     _add_publish(makers.add_parser("publish", help="publish a dataset with checksums and a card", allow_abbrev=False))
     _add_download(makers.add_parser("download", help="download a dataset and verify every file", allow_abbrev=False))
+    _add_looks(makers)
     return parser
 
 
@@ -157,13 +193,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run the command line.
 
     :param argv: the words after ``sb3x``; default those of the process
-    :return: exit code: 0, 2 for a mistake of the user's, 130 if interrupted without saving
+    :return: exit code: 0, 1 if a dataset has errors, 2 for a mistake of the user's, 130 if interrupted without saving
     """
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
     function = args.__dict__.pop("function")
     try:
-        function(args, words)
+        return int(function(args, words))
     except ZooError as error:
         if args.verbose > 1:
             traceback.print_exc()
@@ -173,7 +209,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sb3x: interrupted.", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import minari
@@ -17,11 +17,12 @@ import numpy as np
 from gymnasium import spaces
 from minari.serialization import deserialize_space
 from minari.storage import get_dataset_path
-from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_ext.data import StackFrames, make_atari_env, make_eval_env
+from sb3_ext.data import StackFrames, make_atari_env
 from sb3_ext.zoo.config import Algo, ZooError, hint
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.vec_env import VecEnv
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,9 @@ def make_envs(
     :param render_mode: as in ``gymnasium.make``
     :return: the environment, monitored, pictures channel first
     """
+    from stable_baselines3.common.monitor import Monitor  # here, because it brings PyTorch
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
     atari = is_atari(env_id)
 
     def make(index: int) -> gym.Env[Any, Any]:
@@ -259,6 +263,8 @@ def make_dataset_envs(task: Task, **kwargs: Any) -> VecEnv:
     :return: the environment
     :raises ZooError: if what it needs is not installed
     """
+    from sb3_ext.data import make_eval_env  # here, because it brings PyTorch
+
     assert task.dataset is not None
     try:
         return make_eval_env(task.dataset, **kwargs)

@@ -1,0 +1,227 @@
+"""What datasets are here, what their episodes look like, and a few of their transitions."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gymnasium import spaces
+from minari.storage.datasets_root_dir import get_dataset_path
+from numpy.typing import NDArray
+
+from sb3_ext.data.checks import CheckedEpisode
+from sb3_ext.data.envs import is_frame_space, to_channel_first
+from sb3_ext.data.source import DatasetLike, Source, open_source
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MOST_DIMENSIONS = 16
+"""Of a vector that are drawn; a picture of more is unreadable."""
+
+
+def list_datasets() -> list[dict[str, Any]]:
+    """
+    Find the datasets on this machine, by their metadata alone.
+
+    :return: a dictionary per dataset, sorted by ``id``: ``episodes``, ``steps``, ``mean_return`` (None if the metadata
+        does not say), ``megabytes`` and ``algorithm``; if its metadata cannot be read only ``id`` and ``damage``
+    """
+    root = Path(get_dataset_path())
+    found = []
+    for folder, below, _ in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        file = Path(folder, "data", "metadata.json")
+        if not file.is_file():
+            continue
+        below.clear()  # an Arrow dataset holds a folder per episode
+        row: dict[str, Any] = {"id": Path(folder).relative_to(root).as_posix()}
+        try:
+            metadata = json.loads(file.read_text(encoding="utf-8"))
+            row |= {"episodes": metadata["total_episodes"], "steps": metadata["total_steps"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            found.append(row | {"damage": f"{type(error).__name__}: {error}"})
+            continue
+        row["mean_return"] = (metadata.get("behaviour_return") or {}).get("mean")
+        row |= {"megabytes": metadata.get("dataset_size"), "algorithm": metadata.get("algorithm_name")}
+        found.append(row)
+    return sorted(found, key=lambda row: str(row["id"]))
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """
+    A few transitions.
+
+    :param observations: ``[n, *observation_shape]``
+    :param actions: ``[n]`` or ``[n, *action_shape]``
+    :param rewards: ``[n]``
+    :param next_observations: ``[n, *observation_shape]``
+    :param terminated: whether the task ended with the step, ``[n]``
+    :param truncated: whether the episode was cut after the step, ``[n]``
+    :param episodes: they are from, ``[n]``
+    :param steps: within the episode, from 0, ``[n]``
+    """
+
+    observations: NDArray[Any]
+    actions: NDArray[Any]
+    rewards: NDArray[Any]
+    next_observations: NDArray[Any]
+    terminated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+    episodes: NDArray[np.int64]
+    steps: NDArray[np.int64]
+
+    def lines(self) -> list[str]:
+        """Write each as one line of JSON; of observations with more than 64 numbers only type and shape."""
+
+        def plain(array: NDArray[Any]) -> Any:
+            return array.tolist() if array.size <= 64 else f"{array.dtype} {array.shape}"
+
+        return [
+            json.dumps({name: plain(np.asarray(values[k])) for name, values in vars(self).items()})
+            for k in range(len(self.rewards))
+        ]
+
+
+def sample_transitions(dataset: DatasetLike, n: int = 10, seed: int = 0) -> Transitions:
+    """
+    Draw transitions from all over a dataset, every step with the same probability and at most once.
+
+    :param dataset: a ``MinariDataset``, an id (local, else downloaded) or a path
+    :param n: how many; all of them if there are fewer
+    :param seed: of the draw
+    :return: the transitions, in the order of the data
+    :raises DatasetError: if the dataset is missing, or one of these episodes is damaged or invalid
+    :raises ValueError: if ``n`` is not positive
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}.")
+    source = open_source(dataset, continuous=True)
+    storage = source.open()
+    lengths = source.episode_lengths(storage)
+    ends = np.cumsum(lengths)
+    rows = np.sort(np.random.default_rng(seed).choice(ends[-1], min(n, int(ends[-1])), replace=False))
+    owners = np.searchsorted(ends, rows, side="right")
+    steps = rows - (ends - lengths)[owners]
+    chosen = np.unique(owners)
+    columns: dict[str, list[NDArray[Any]]] = {name: [] for name in Transitions.__dataclass_fields__}
+    for position, episode in zip(
+        chosen.tolist(), source.read(storage, source.episodes[chosen], lengths[chosen], strict=False), strict=True
+    ):
+        t = steps[owners == position]
+        last = t == len(episode.rewards) - 1
+        for name, values in (
+            ("observations", episode.observations[t]),
+            ("actions", episode.actions[t]),
+            ("rewards", episode.rewards[t]),
+            ("next_observations", episode.observations[t + 1]),
+            ("terminated", last & episode.terminated),
+            ("truncated", last & (not episode.terminated)),
+            ("episodes", np.full(len(t), source.episodes[position])),
+            ("steps", t),
+        ):
+            columns[name].append(values)
+    return Transitions(**{name: np.concatenate(values) for name, values in columns.items()})
+
+
+def picture(observation: NDArray[Any], space: spaces.Box) -> NDArray[Any]:
+    """
+    Make a picture of an observation of two or three dimensions.
+
+    :param observation: ``[H, W]``, ``[C, H, W]`` or ``[H, W, C]``
+    :param space: its space
+    :return: ``[H, W]``, or ``[H, W, 3]`` for colours. Of a stack of grey frames it is the newest; of planes with one
+        kind of thing each it is the number of the highest plane that is not 0
+    """
+    if observation.ndim == 2:
+        return observation
+    if not is_frame_space(space):
+        planes = observation if np.argmin(observation.shape) == 0 else np.moveaxis(observation, -1, 0)
+        numbers: NDArray[Any] = ((planes != 0) * np.arange(1, len(planes) + 1)[:, None, None]).max(axis=0)
+        return numbers
+    frames = to_channel_first(observation, space)
+    return np.moveaxis(frames, 0, -1) if len(frames) == 3 else frames[-1]
+
+
+def _draw_vectors(axes: Axes, episode: CheckedEpisode) -> None:
+    values = episode.observations.reshape(len(episode.observations), -1)[:, :_MOST_DIMENSIONS]
+    for k, line in enumerate(values.T):
+        axes.plot(line, label=str(k), linewidth=1)
+    axes.legend(title="dimension", fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_xlabel("step")
+
+
+def _read_one(source: Source, number: int | None) -> tuple[int, CheckedEpisode, NDArray[np.float64]]:
+    """Episode of that number, or the first of those with the largest return; and all returns."""
+    storage = source.open()
+    lengths = source.episode_lengths(storage)
+    facts = list(storage.get_episode_metadata(source.episodes.tolist()))
+    if all("rewards_sum" in fact for fact in facts):
+        returns = np.array([float(fact["rewards_sum"]) for fact in facts])
+    else:
+        read = source.read(storage, source.episodes, lengths, strict=False)
+        returns = np.array([e.rewards.sum(dtype=np.float64) for e in read])
+    position = int(returns.argmax()) if number is None else int(np.searchsorted(source.episodes, number))
+    if not 0 <= position < len(returns) or (number is not None and source.episodes[position] != number):
+        raise ValueError(f"{source.name} has no episode {number}; they go from 0 to {source.episodes[-1]}.")
+    at = slice(position, position + 1)
+    episode = next(source.read(storage, source.episodes[at], lengths[at], strict=False))
+    return int(source.episodes[position]), episode, returns
+
+
+def show_dataset(
+    dataset: DatasetLike, path: str | os.PathLike[str], *, episode: int | None = None, frames: int = 12
+) -> Path:
+    """
+    Draw one episode and the returns of all: frames at even distances, or each dimension of a vector over the steps.
+
+    :param dataset: a ``MinariDataset``, an id (local, else downloaded) or a path
+    :param path: where to write the picture (PNG); its folder is made if missing
+    :param episode: number of the episode; default: the one with the largest return
+    :param frames: how many frames
+    :return: ``path``
+    :raises DatasetError: if the dataset is missing, damaged or invalid
+    :raises ValueError: if there is no such episode, or ``frames`` is not positive
+    :raises ImportError: if matplotlib is missing
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Pictures need: pip install "sb3-ext[report]"') from error
+    if frames < 1:
+        raise ValueError(f"frames must be at least 1, got {frames}.")
+    source = open_source(dataset, continuous=True)
+    number, shown, returns = _read_one(source, episode)
+    pictures = len(source.observation_space.shape) > 1
+    columns = 6
+    steps = np.unique(np.linspace(0, len(shown.rewards), frames).round().astype(int)) if pictures else np.array([0])
+    rows = -(-len(steps) // columns) if pictures else 2
+    figure = Figure(figsize=(12, 2.2 * rows + 3), layout="constrained")
+    above, below = np.ravel(np.asarray(figure.subfigures(2, 1, height_ratios=(2.2 * rows, 3)), object))
+    above.suptitle(
+        f"{source.name}, episode {number}: {len(shown.rewards)} steps, return {shown.rewards.sum():.4g}, "
+        f"{'terminated' if shown.terminated else 'cut'}"
+    )
+    if pictures:
+        grid = above.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, step in zip(grid.flat, steps.tolist(), strict=False):
+            axes.imshow(picture(shown.observations[step], source.observation_space), cmap="gray")
+            axes.set_title(f"step {step}", fontsize=8)
+    else:
+        _draw_vectors(above.subplots(), shown)
+    axes = below.subplots()
+    axes.hist(returns, bins=min(50, max(10, len(returns) // 5)))
+    axes.axvline(float(returns.mean()), color="black", linestyle="--", label=f"mean {returns.mean():.4g}")
+    axes.set(xlabel="return", ylabel=f"episodes (of {len(returns)})")
+    axes.legend()
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, format="png", dpi=100)
+    return target

@@ -1,0 +1,226 @@
+"""Look through a dataset: is it whole, is it valid, and can CQL be expected to learn from it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from sb3_ext.data.checks import CheckedEpisode, DatasetError
+from sb3_ext.data.envs import is_frame_space, to_channel_first
+from sb3_ext.data.outlook import Outlook, judge, neighbours_agree
+from sb3_ext.data.source import DatasetLike, Source, find_path, open_source
+from sb3_ext.data.write import return_statistics
+
+_SHOWN = 20
+_SAMPLE = 2000
+"""States whose nearest neighbours are looked at."""
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """
+    What :func:`verify_dataset` found.
+
+    :param name: id of the dataset
+    :param errors: what makes it unusable as it is; empty if it is whole and valid
+    :param warnings: what one should know before using it
+    :param facts: numbers: ``steps``, ``episodes``, ``terminated``, ``cut``, ``behaviour_return`` and others
+    :param outlook: whether CQL can be expected to learn from it, and why; None if nothing could be read
+    """
+
+    name: str
+    errors: list[str]
+    warnings: list[str]
+    facts: dict[str, Any]
+    outlook: Outlook | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error."""
+        return not self.errors
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {'whole and valid' if self.ok else f'{len(self.errors)} errors'}"]
+        for kind, found in (("error", self.errors), ("warning", self.warnings)):
+            lines += [f"  {kind}: {text}" for text in found[:_SHOWN]]
+            if len(found) > _SHOWN:
+                lines.append(f"  ... and {len(found) - _SHOWN} more of the kind '{kind}'")
+        lines += [f"  {name}: {_plain(value)}" for name, value in self.facts.items()]
+        if self.outlook is not None:
+            lines.append(f"CQL: {self.outlook.verdict} ({self.outlook.summary})")
+            lines += [f"  {'+' if good else '-'} {text}" for good, text in self.outlook.reasons]
+        return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(_plain(v) for v in value)
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@dataclass
+class _Tally:
+    """Collected while the episodes stream by."""
+
+    returns: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    terminated: int = 0
+    cut: int = 0
+    actions: Counter[int] = field(default_factory=Counter)
+    digests: dict[bytes, int] = field(default_factory=dict)
+    repeated: list[tuple[int, int]] = field(default_factory=list)
+    rewarded: bool = False
+    states: list[NDArray[np.float32]] = field(default_factory=list)
+    state_actions: list[int] = field(default_factory=list)
+    state_episodes: list[int] = field(default_factory=list)
+
+
+def _small(observations: NDArray[Any], space: spaces.Box) -> NDArray[np.float32]:
+    """Observations as short vectors; pictures coarse, the newest frame alone."""
+    if not is_frame_space(space):
+        return observations.reshape(len(observations), -1).astype(np.float32)
+    frames = to_channel_first(observations, space)[:, -1]
+    step = max(1, frames.shape[1] // 21)
+    return frames[:, ::step, ::step].reshape(len(frames), -1).astype(np.float32)
+
+
+def _add(
+    tally: _Tally, source: Source, number: int, episode: CheckedEpisode, cut: bool, chosen: NDArray[np.bool_]
+) -> None:
+    digest = hashlib.blake2b(np.ascontiguousarray(episode.observations).tobytes(), digest_size=16)
+    digest.update(np.ascontiguousarray(episode.actions).tobytes())
+    digest.update(np.asarray(episode.rewards, np.float64).tobytes())
+    first = tally.digests.setdefault(digest.digest(), number)
+    if first != number:
+        tally.repeated.append((number, first))
+    tally.returns.append(float(episode.rewards.sum(dtype=np.float64)))
+    tally.lengths.append(len(episode.rewards))
+    tally.terminated += episode.terminated
+    tally.cut += cut
+    tally.rewarded |= bool(np.ptp(episode.rewards) > 0 or episode.rewards[0] != 0)
+    if not isinstance(source.action_space, spaces.Discrete):
+        return
+    tally.actions.update(episode.actions.tolist())
+    steps = np.flatnonzero(chosen)
+    if len(steps):
+        # with the state before, because one picture shows no motion
+        pair = [
+            _small(episode.observations[rows], source.observation_space) for rows in (steps, np.maximum(steps - 1, 0))
+        ]
+        tally.states.append(np.concatenate(pair, axis=1))
+        tally.state_actions += episode.actions[steps].tolist()
+        tally.state_episodes += [number] * len(steps)
+
+
+def _read(source: Source, errors: list[str]) -> _Tally:
+    """Check every episode, good or bad; what is wrong goes to ``errors``."""
+    tally, draw = _Tally(), np.random.default_rng(0)
+    try:
+        storage = source.open()
+        lengths = source.episode_lengths(storage)
+    except DatasetError as error:
+        errors.append(str(error))
+        return tally
+    share = min(1.0, _SAMPLE / max(int(lengths.sum()), 1))
+    for number, steps in zip(source.episodes.tolist(), lengths.tolist(), strict=True):
+        try:
+            raw = next(source.raw(storage, np.array([number])))
+            episode = source.check(raw, number, steps, strict=True)
+        except DatasetError as error:
+            errors.append(str(error))
+            continue
+        cut = not (episode.terminated or bool(np.asarray(raw["truncations"]).reshape(-1)[-1]))
+        _add(tally, source, number, episode, cut, draw.random(len(episode.rewards)) < share)
+    total = source.metadata.get("total_steps")
+    if len(source.episodes) == source.metadata["total_episodes"] and total != int(lengths.sum()):
+        errors.append(
+            f"{source.name}: the metadata says {total} steps, the episodes have {int(lengths.sum())}. Episodes are "
+            "missing or were added by hand; get the dataset again."
+        )
+    return tally
+
+
+def _warn(source: Source, tally: _Tally) -> list[str]:
+    found = []
+    if source.lossy:
+        found.append(source.lossy)
+    if tally.cut:
+        found.append(
+            f"{tally.cut} episodes just stop: their last step is neither terminated nor truncated. It bootstraps, as a "
+            "truncated one does; that is wrong if the task ended there."
+        )
+    if tally.repeated:
+        shown = ", ".join(f"{number} = {first}" for number, first in tally.repeated[:5])
+        found.append(
+            f"{len(tally.repeated)} of {len(tally.returns)} episodes repeat an earlier one bit by bit ({shown}"
+            f"{', ...' if len(tally.repeated) > 5 else ''}). Short games do that by chance; otherwise every reset had "
+            "the same seed."
+        )
+    stored = (source.metadata.get("behaviour_return") or {}).get("mean")
+    mean = float(np.mean(tally.returns)) if tally.returns else np.nan
+    whole = len(tally.returns) == source.metadata["total_episodes"]
+    if stored is not None and whole and not np.isclose(stored, mean, rtol=1e-4, atol=1e-6):
+        found.append(f"The metadata says that the mean return is {stored:g}; it is {mean:g}.")
+    return found
+
+
+def verify_dataset(dataset: DatasetLike) -> DatasetReport:
+    """
+    Read a whole dataset, list everything that is wrong with it, and judge whether CQL can learn from it.
+
+    Checked are metadata and spaces; every episode's lengths, types, ends, NaN and infinite values and actions outside
+    their space, as :func:`~sb3_ext.data.load_minari` does, but beyond the first error; totals; and duplicates. One
+    episode at a time is in RAM. The environment that the dataset names is not built.
+
+    :param dataset: a ``MinariDataset`` (its episode filter is respected), an id (local, else downloaded) or a path
+    :return: the report; ``report.ok`` and ``report.errors``, ``str(report)`` for people
+    :raises DatasetError: if there is no such dataset
+    :raises TypeError: if it is not a dataset
+    """
+    place = find_path(dataset) if isinstance(dataset, (str, os.PathLike)) else None
+    try:
+        source = open_source(dataset if place is None else place, continuous=True)
+    except DatasetError as error:
+        name = str(place.parent.name if place else dataset)
+        return DatasetReport(name, [str(error)], [], {}, None)
+    errors: list[str] = []
+    tally = _read(source, errors)
+    facts: dict[str, Any] = {"episodes": len(tally.returns), "steps": sum(tally.lengths)}
+    if not tally.returns:
+        return DatasetReport(source.name, errors, [], facts, None)
+    facts |= {
+        "episode_length": {"min": min(tally.lengths), "mean": float(np.mean(tally.lengths)), "max": max(tally.lengths)},
+        "terminated": tally.terminated,
+        "truncated": len(tally.returns) - tally.terminated - tally.cut,
+        "cut": tally.cut,
+        "repeated": len(tally.repeated),
+        "behaviour_return": return_statistics(tally.returns),
+        "observations": f"{source.observation_space.dtype} {source.observation_space.shape}",
+        "megabytes": _megabytes(source.path),
+    }
+    shares, agreement = None, None
+    if isinstance(source.action_space, spaces.Discrete):
+        counts = np.array([tally.actions[a] for a in range(source.n_actions)])
+        shares = counts / counts.sum()
+        facts["action_shares"] = [round(s, 4) for s in shares.tolist()]
+        if len(tally.states):
+            agreement = neighbours_agree(
+                np.concatenate(tally.states), np.array(tally.state_actions), np.array(tally.state_episodes)
+            )
+            facts["neighbours_agree"] = agreement
+    outlook = judge(np.array(tally.returns), sum(tally.lengths), shares, agreement, tally.rewarded, not errors)
+    return DatasetReport(source.name, errors, _warn(source, tally), facts, outlook)
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6

@@ -1,0 +1,81 @@
+"""The recipes in datasets/: deterministic, listed in the catalogue, used by the benchmark."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sb3_ext.data import convert_dqn_replay, verify_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def recipes_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("benchmarks", "datasets"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+
+
+def test_the_catalogue_names_every_recipe_and_every_log() -> None:
+    from ppo_log import LOGS
+
+    text = (ROOT / "datasets" / "README.md").read_text()
+    for name in [p.name for p in (ROOT / "datasets").glob("*.py")] + [log["id"] for log in LOGS.values()]:
+        assert f"`{name}" in text or f"[{name}]" in text, name
+
+
+def test_the_same_seed_gives_the_same_log() -> None:
+    from ppo_log import learning_log
+
+    def log(seed: int) -> list[tuple[bytes, bytes, bool]]:
+        episodes = learning_log("CartPole-v1", 1024, 0.5, seed, n_steps=64, batch_size=64, n_epochs=2)
+        return [(e.packed[0], e.actions.tobytes(), e.terminated) for e in episodes]
+
+    first = log(3)
+    assert len(first) > 5
+    assert first == log(3)
+    assert first != log(4)
+
+
+def test_the_benchmark_makes_its_data_by_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cql_learning
+    from ppo_log import LOGS
+
+    made: list[str] = []
+    monkeypatch.setattr(cql_learning, "make_dataset", made.append)
+    for task in ("cartpole", "minatar"):
+        cql_learning.make_data(task)
+    assert made == ["CartPole-v1", "MinAtarBreakout-v0"]
+    assert {cql_learning.TASKS[t]["dataset"] for t in ("cartpole", "minatar")} == {log["id"] for log in LOGS.values()}
+
+
+def test_a_recipe_writes_a_valid_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ppo_log
+
+    monkeypatch.setitem(ppo_log.LOGS["CartPole-v1"], "steps", 500)
+    dataset = ppo_log.make_dataset("CartPole-v1")
+    assert dataset.id == "cartpole/mixed-v0"
+    assert dataset.storage.metadata["seed"] == 7
+    report = verify_dataset(dataset)
+    assert report.ok
+    assert report.warnings == []
+    # every environment runs its 256 steps, so no step is lost but those of one-step episodes
+    assert dataset.total_steps == 2048
+
+
+def test_the_scripted_players_log_converts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["breakout_log.py", "--steps", "300", "--mistakes", "0.5", "--rows", "200", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(ROOT / "datasets" / "breakout_log.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    dataset = convert_dqn_replay(tmp_path, "atari/breakout/log-v0", game="Breakout")
+    assert f"{dataset.total_episodes} games, {dataset.total_steps} steps" in out
+    assert dataset.total_steps >= 300
+    assert all(e.terminations[-1] for e in dataset)
+    assert np.concatenate([e.rewards for e in dataset]).max() == 1

@@ -14,7 +14,7 @@ import pytest
 from gymnasium import spaces
 
 from sb3_ext import record
-from sb3_ext.data import list_datasets, sample_transitions, show_dataset, verify_dataset
+from sb3_ext.data import download, list_datasets, publish, sample_transitions, show_dataset, verify_dataset
 from sb3_ext.data.outlook import action_coverage, judge, neighbours_agree, room_above
 from sb3_ext.data.show import picture
 from sb3_ext.zoo.main import main
@@ -91,6 +91,28 @@ def test_damage_on_the_disk(make_dataset: MakeDataset) -> None:
     assert "episode 1: its metadata cannot be read" in verify_dataset(folder).errors[0]
     (folder / "metadata.json").write_text("{")
     assert "metadata.json cannot be read" in verify_dataset(folder).errors[0]
+
+
+def test_checksums_of_a_downloaded_dataset(tmp_path: Path) -> None:
+    record(None, gym.make("CartPole-v1"), "verify/shared-v0", n_episodes=3, seed=0)
+    assert verify_dataset("verify/shared-v0").facts["checksums"] == "none"
+    download(publish("verify/shared-v0", tmp_path), overwrite=True)
+    report = verify_dataset("verify/shared-v0")
+    assert report.ok
+    assert report.facts["checksums"] == "all right"
+    file = Path(minari.load_dataset("verify/shared-v0").storage.data_path, "metadata.json")
+    good = file.read_text()
+    file.write_text(good.replace("shared", "shaved"))
+    assert (
+        "metadata.json is not the file that was published: its SHA-256" in verify_dataset("verify/shared-v0").errors[0]
+    )
+    file.write_text("{")
+    assert len(verify_dataset("verify/shared-v0").errors) == 2
+    file.write_text(good)
+    (file.parent.parent / "README.md").unlink()
+    assert "README.md is not the file that was published: it is missing" in verify_dataset("verify/shared-v0").errors[0]
+    (file.parent.parent / "manifest.json").write_text("{}")
+    assert "manifest.json is damaged" in verify_dataset("verify/shared-v0").errors[0]
 
 
 def test_totals_and_returns_that_do_not_fit_the_metadata(make_dataset: MakeDataset) -> None:

@@ -148,3 +148,25 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         raise DatasetError(f"{where}: {MANIFEST} is damaged ({reason}). Ask its publisher to publish again.") from error
     check_names(files, f"{where}: {MANIFEST}")
     return manifest
+
+
+def differences(folder: Path) -> list[str] | None:
+    """
+    Compare a downloaded dataset with the manifest beside it.
+
+    :param folder: of the dataset
+    :return: a sentence for each file that is not as it was published; None if there is no manifest
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = parse_manifest(path.read_bytes(), str(folder))
+    except DatasetError as error:
+        return [str(error)]
+    found = []
+    for name, file in manifest.files.items():
+        if not matches(folder / name, file):
+            how = "its SHA-256 is another" if (folder / name).is_file() else "it is missing"
+            found.append(f"{folder / name} is not the file that was published: {how}. Download the dataset again.")
+    return found

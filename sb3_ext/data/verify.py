@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from sb3_ext.data.checks import CheckedEpisode, DatasetError
 from sb3_ext.data.envs import is_frame_space, to_channel_first
+from sb3_ext.data.manifest import differences
 from sb3_ext.data.outlook import Outlook, judge, neighbours_agree
 from sb3_ext.data.source import DatasetLike, Source, find_path, open_source
 from sb3_ext.data.write import return_statistics
@@ -179,8 +180,9 @@ def verify_dataset(dataset: DatasetLike) -> DatasetReport:
     Read a whole dataset, list everything that is wrong with it, and judge whether CQL can learn from it.
 
     Checked are metadata and spaces; every episode's lengths, types, ends, NaN and infinite values and actions outside
-    their space, as :func:`~sb3_ext.data.load_minari` does, but beyond the first error; totals; and duplicates. One
-    episode at a time is in RAM. The environment that the dataset names is not built.
+    their space, as :func:`~sb3_ext.data.load_minari` does, but beyond the first error; totals; and duplicates; and of a
+    dataset that came with a manifest (:func:`~sb3_ext.data.download`), the checksum of every file. One episode at a
+    time is in RAM. The environment that the dataset names is not built.
 
     :param dataset: a ``MinariDataset`` (its episode filter is respected), an id (local, else downloaded) or a path
     :return: the report; ``report.ok`` and ``report.errors``, ``str(report)`` for people
@@ -192,10 +194,15 @@ def verify_dataset(dataset: DatasetLike) -> DatasetReport:
         source = open_source(dataset if place is None else place, continuous=True)
     except DatasetError as error:
         name = str(place.parent.name if place else dataset)
-        return DatasetReport(name, [str(error)], [], {}, None)
-    errors: list[str] = []
+        return DatasetReport(name, [str(error), *((differences(place.parent) if place else None) or [])], [], {}, None)
+    changed = differences(source.path.parent)
+    errors = list(changed or [])
     tally = _read(source, errors)
-    facts: dict[str, Any] = {"episodes": len(tally.returns), "steps": sum(tally.lengths)}
+    facts: dict[str, Any] = {
+        "checksums": "none" if changed is None else f"{len(changed)} files differ" if changed else "all right",
+        "episodes": len(tally.returns),
+        "steps": sum(tally.lengths),
+    }
     if not tally.returns:
         return DatasetReport(source.name, errors, [], facts, None)
     facts |= {

@@ -86,10 +86,10 @@ def make_breakout(n_envs: int, seed: int, training: bool) -> VecEnv:
     """Breakout, four frames: with clipped rewards for training, cut at 1,000 steps for evaluation."""
 
     def make() -> gym.Env:
-        env = Monitor(make_atari_env("Breakout"))
+        env = make_atari_env("Breakout")
         if training:
-            return StackFrames(gym.wrappers.ClipReward(env, -1, 1), 4)
-        return StackFrames(gym.wrappers.TimeLimit(env, 1000), 4)
+            return StackFrames(gym.wrappers.ClipReward(Monitor(env), -1, 1), 4)
+        return StackFrames(Monitor(gym.wrappers.TimeLimit(env, 1000)), 4)
 
     env = DummyVecEnv([make] * n_envs)
     env.seed(seed)

@@ -58,6 +58,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "policy": "CnnPolicy",
         "steps": 200_000,
         "eval_every": 20_000,
+        "episodes": 10,
         "settings": {
             "learning_rate": 1e-4, "batch_size": 32, "buffer_size": 100_000, "learning_starts": 10_000,
             "target_update_interval": 1000, "train_freq": 4, "gradient_steps": 1, "exploration_fraction": 0.25,
@@ -110,7 +111,10 @@ def run(task: str, replay: str, seed: int, work: Path, results: Path) -> None:
     env = make_env(task, 1, seed, training=True)
     model = DQN(settings.get("policy", "MlpPolicy"), env, seed=seed, device="cpu", **kwargs)
     evaluation = make_env(task, 10, seed, training=False)
-    model.learn(settings["steps"], callback=Curve(evaluation, settings["eval_every"], 20, state, curve))
+    model.learn(
+        settings["steps"],
+        callback=Curve(evaluation, settings["eval_every"], settings.get("episodes", 20), state, curve),
+    )
     facts = {
         "task": task, "algo": f"dqn-{replay}", "seed": seed, "curve": curve,
         "settings": json.loads(json.dumps(settings["settings"], default=lambda c: c.__name__)),

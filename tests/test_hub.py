@@ -663,6 +663,7 @@ for line in sys.stdin:
         download(line.strip(), overwrite=True)
         os._exit(0)
     print(child, flush=True)
+    sys.stdin.readline()  # a child that has ended remains a zombie, which can be killed, until it is waited for
     print(os.waitpid(child, 0)[1], flush=True)
 """
 
@@ -683,7 +684,9 @@ def test_kills_at_random_times(on_hub: Hub, tiny: minari.MinariDataset, place: P
                 parent.stdin.flush()
                 child = int(parent.stdout.readline())
                 time.sleep(rng.uniform(0, longest))
-                os.kill(child, signal.SIGKILL)  # at worst it is a zombie: its parent waits for it only now
+                os.kill(child, signal.SIGKILL)
+                parent.stdin.write("\n")
+                parent.stdin.flush()
                 kills += parent.stdout.readline() == f"{int(signal.SIGKILL)}\n"
                 if local().exists():
                     assert_landed_files(tiny)

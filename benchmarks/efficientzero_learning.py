@@ -56,7 +56,7 @@ TASKS: dict[str, dict[str, Any]] = {
         },
     },
     "breakout": {
-        "env": "ALE/Breakout-v5", "policy": "MlpPolicy", "steps": 40_000, "eval_every": 5_000, "episodes": 20,
+        "env": "ALE/Breakout-v5", "policy": "MlpPolicy", "steps": 24_000, "eval_every": 4_000, "episodes": 20,
         "marks": (3, 6),
         "settings": {
             "gamma": 0.988, "learning_rate": 1e-3, "train_freq": 4, "gradient_steps": 1, "learning_starts": 2000,

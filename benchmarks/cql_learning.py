@@ -20,6 +20,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,23 @@ def table(results: Path) -> None:
             )
 
 
+def parse(parser: argparse.ArgumentParser, table: Callable[[Path], None]) -> argparse.Namespace:
+    """Parse the command line of a learning benchmark; ``--table`` prints its table and ends."""
+    parser.add_argument("--table", action="store_true", help="only print the table of all results")
+    args = parser.parse_args()
+    if args.table:
+        table(args.results)
+        parser.exit()
+    if args.task is None:
+        parser.error("--task is needed")
+    return args
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """Settings of ``--set``."""
+    return {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in pairs)}
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -269,16 +287,10 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=JSON", help="trial runs: override settings, no result"
     )
-    parser.add_argument("--table", action="store_true", help="only print the table of all results")
-    args = parser.parse_args()
-    if args.table:
-        table(args.results)
-        return
-    if args.task is None:
-        parser.error("--task is needed")
+    args = parse(parser, table)
     th.set_num_threads(args.threads)
     make_data(args.task)
-    overrides = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
+    overrides = parse_settings(args.set)
     for seed in args.seeds:
         for algo in args.algos:
             run(args.task, algo, seed, args.work, args.steps, overrides, args.results)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from cql_learning import machine
+from cql_learning import machine, parse_settings
 
 from sb3_ext import EfficientZeroV2
 from sb3_ext.zoo.config import load_algo, read_entries, resolve
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--fill", type=int, default=100_000)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="other settings; no result is written")
     args = parser.parse_args()
-    overrides = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
+    overrides = parse_settings(args.set)
     model, settings = build(args.device, overrides)
     memory = fill(model, args.fill)
     print(memory)

@@ -21,13 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from cql_learning import RESULTS, Curve, machine
+from cql_learning import RESULTS, Curve, machine, parse, parse_settings
 from learning_envs import MinAtarCNN, SmallCNN
-from per_learning import make_breakout
+from per_learning import make_env
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ext import DQN, QRDQN, EfficientZeroV2, PrioritizedReplayBuffer
 
@@ -80,17 +78,10 @@ PEERS: dict[str, Any] = {
 ALGOS = ("efficientzero", *PEERS)
 
 
-def make_env(task: str, n_envs: int, seed: int, training: bool) -> VecEnv:
-    """Environment of a task."""
-    if task == "breakout":
-        return make_breakout(n_envs, seed, training)
-    return make_vec_env(TASKS[task]["env"], n_envs, seed=seed)
-
-
 def build(task: str, algo: str, seed: int, overrides: dict[str, Any]) -> BaseAlgorithm:
     """Algorithm and training environment."""
     settings = TASKS[task]
-    env = make_env(task, 8 if algo == "ppo" else 1, seed, training=True)
+    env = make_env(settings["env"], 8 if algo == "ppo" else 1, seed, training=True)
     if algo in PEERS:
         model: BaseAlgorithm = PEERS[algo](env, seed)
         return model
@@ -110,7 +101,7 @@ def run(
     state.mkdir(parents=True, exist_ok=True)
     curve: list[dict[str, Any]] = []
     model = build(task, algo, seed, overrides)
-    evaluation = make_env(task, 10, seed, training=False)
+    evaluation = make_env(settings["env"], 10, seed, training=False)
     model.learn(
         steps or settings["steps"],
         callback=Curve(evaluation, settings["eval_every"], settings["episodes"], state, curve),
@@ -168,15 +159,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("logs/learning"), help="where models are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where finished runs are written")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="trial runs: no result is written")
-    parser.add_argument("--table", action="store_true", help="only print the table of all results")
-    args = parser.parse_args()
-    if args.table:
-        table(args.results)
-        return
-    if args.task is None:
-        parser.error("--task is needed")
+    args = parse(parser, table)
     th.set_num_threads(1)
-    overrides = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
+    overrides = parse_settings(args.set)
     for seed in args.seeds:
         for algo in args.algos:
             run(args.task, algo, seed, args.steps, overrides, args.work, args.results)

@@ -24,7 +24,7 @@ import minari
 import numpy as np
 import seals
 import torch as th
-from cql_learning import RESULTS, machine
+from cql_learning import RESULTS, machine, parse, parse_settings
 from imitation.algorithms.adversarial.gail import GAIL as ImitationGAIL
 from imitation.rewards.reward_nets import BasicRewardNet
 from imitation.util.networks import RunningNorm
@@ -207,15 +207,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="trial runs: no result is written")
-    parser.add_argument("--table", action="store_true", help="only print the table of all results")
-    args = parser.parse_args()
-    if args.table:
-        table(args.results)
-        return
-    if args.task is None:
-        parser.error("--task is needed")
+    args = parse(parser, table)
     th.set_num_threads(1)
-    overrides = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
+    overrides = parse_settings(args.set)
     for seed in args.seeds:
         for algo in args.algos:
             run(args.task, algo, seed, overrides, args.results)

@@ -23,7 +23,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from cql_learning import RESULTS, Curve, machine
+from cql_learning import RESULTS, Curve, machine, parse
 from learning_envs import SmallCNN
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
@@ -76,11 +76,11 @@ REPLAY: dict[str, dict[str, Any]] = {
 }
 
 
-def make_env(task: str, n_envs: int, seed: int, training: bool) -> VecEnv:
+def make_env(env_id: str, n_envs: int, seed: int, training: bool) -> VecEnv:
     """Environment of a task."""
-    if task == "breakout":
+    if env_id == "ALE/Breakout-v5":
         return make_breakout(n_envs, seed, training)
-    return make_vec_env(TASKS[task]["env"], n_envs, seed=seed)
+    return make_vec_env(env_id, n_envs, seed=seed)
 
 
 def make_breakout(n_envs: int, seed: int, training: bool) -> VecEnv:
@@ -108,9 +108,9 @@ def run(task: str, replay: str, seed: int, work: Path, results: Path) -> None:
     kwargs = {**settings["settings"], **REPLAY[replay]}
     if kwargs.get("optimize_memory_usage") and replay == "uniform":  # SB3's buffer cannot do both
         kwargs["replay_buffer_kwargs"] = {"handle_timeout_termination": False}
-    env = make_env(task, 1, seed, training=True)
+    env = make_env(settings["env"], 1, seed, training=True)
     model = DQN(settings.get("policy", "MlpPolicy"), env, seed=seed, device="cpu", **kwargs)
-    evaluation = make_env(task, 10, seed, training=False)
+    evaluation = make_env(settings["env"], 10, seed, training=False)
     model.learn(
         settings["steps"],
         callback=Curve(evaluation, settings["eval_every"], settings.get("episodes", 20), state, curve),
@@ -161,13 +161,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--work", type=Path, default=Path("logs/learning"), help="where models are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where finished runs are written")
-    parser.add_argument("--table", action="store_true", help="only print the table of all results")
-    args = parser.parse_args()
-    if args.table:
-        table(args.results)
-        return
-    if args.task is None:
-        parser.error("--task is needed")
+    args = parse(parser, table)
     th.set_num_threads(1)
     for seed in args.seeds:
         for replay in args.replay:

@@ -115,6 +115,19 @@ def write_card(path: Path, source: Source, returns: Sequence[float], steps: int,
     path.write_text(text, encoding="utf-8")
 
 
+def plot_returns(axes: Any, returns: Sequence[float], label: str) -> None:
+    """
+    Plot a histogram of returns, with a line at their mean.
+
+    :param axes: of matplotlib
+    :param returns: undiscounted return of each episode
+    :param label: of the line
+    """
+    axes.hist(returns, bins=min(50, max(10, len(returns) // 5)))
+    axes.axvline(return_statistics(returns)["mean"], color="black", linestyle="--", label=label)
+    axes.legend()
+
+
 def draw_returns(path: Path, returns: Sequence[float]) -> None:
     """
     Draw a histogram of returns as PNG.
@@ -129,8 +142,6 @@ def draw_returns(path: Path, returns: Sequence[float]) -> None:
         raise ImportError("The picture of the returns needs matplotlib: pip install 'sb3-ext[report]'") from error
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.add_subplot()
-    axes.hist(returns, bins=min(50, max(10, len(returns) // 5)))
-    axes.axvline(return_statistics(returns)["mean"], color="black", linestyle="--", label="mean")
+    plot_returns(axes, returns, "mean")
     axes.set(xlabel="return of an episode", ylabel="episodes")
-    axes.legend()
     figure.savefig(path, dpi=120, format="png")

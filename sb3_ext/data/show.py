@@ -13,6 +13,7 @@ from gymnasium import spaces
 from minari.storage.datasets_root_dir import get_dataset_path
 from numpy.typing import NDArray
 
+from sb3_ext.data.card import plot_returns
 from sb3_ext.data.checks import CheckedEpisode
 from sb3_ext.data.envs import is_frame_space, to_channel_first
 from sb3_ext.data.source import DatasetLike, Source, open_source
@@ -217,10 +218,8 @@ def show_dataset(
     else:
         _draw_vectors(above.subplots(), shown)
     axes = below.subplots()
-    axes.hist(returns, bins=min(50, max(10, len(returns) // 5)))
-    axes.axvline(float(returns.mean()), color="black", linestyle="--", label=f"mean {returns.mean():.4g}")
+    plot_returns(axes, returns.tolist(), f"mean {returns.mean():.4g}")
     axes.set(xlabel="return", ylabel=f"episodes (of {len(returns)})")
-    axes.legend()
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, format="png", dpi=100)

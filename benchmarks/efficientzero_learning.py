@@ -109,7 +109,9 @@ def run(
     )
     if trial:
         return
-    used = settings["settings"] if algo == "efficientzero" else "PEERS in the script"
+    used = "PEERS in the script"
+    if algo == "efficientzero":
+        used = json.loads(json.dumps(settings["settings"], default=lambda c: c.__name__))
     facts = {
         "task": f"ez-{task}", "algo": algo, "seed": seed, "settings": used, "curve": curve,
         "command": "uv run --all-extras benchmarks/efficientzero_learning.py "

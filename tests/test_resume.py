@@ -30,6 +30,7 @@ def breakout() -> VecEnv:
 
 TASKS: dict[str, tuple[Callable[[], VecEnv], dict[str, Any]]] = {
     "CartPole-v1": (lambda: make_vec_env("CartPole-v1", 2), {"replay_buffer_kwargs": {"beta": 0.4}}),
+    "memo": (lambda: make_vec_env("CartPole-v1", 2), {"memoize_reanalysis": True, "target_update_interval": 6}),
     "Pendulum-v1": (lambda: make_vec_env("Pendulum-v1", 1), {}),
     "Breakout": (breakout, {"policy_kwargs": TINY_CNN, "optimize_memory_usage": True}),
 }

@@ -10,6 +10,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_ext.common.memo import SearchMemo
 from sb3_ext.common.prioritized import PrioritizedReplayBuffer
 
 
@@ -26,6 +27,8 @@ class SequenceSamples(NamedTuple):
     :param ages: transitions collected by all environments since the window's first one, ``[B]``
     :param weights: importance weights, tensor ``[B, 1]``
     :param indices: of the first transitions, for ``update_priorities``, ``[B]``
+    :param positions: where each observation is stored as a transition's first, ``step * n_envs + environment``,
+        ``[B, L + 1]``; -1 behind the end of an episode and of what was collected
     :param masks: legal actions in each observation, ``[B, L + 1, A]``; a row without any: not known;
         None: none is known
     """
@@ -38,6 +41,7 @@ class SequenceSamples(NamedTuple):
     ages: NDArray[np.int64]
     weights: th.Tensor
     indices: NDArray[np.int64]
+    positions: NDArray[np.int64]
     masks: NDArray[np.bool_] | None = None
 
 
@@ -56,6 +60,9 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
     :param kwargs: priorities, see :class:`~sb3_ext.common.prioritized.PrioritizedReplayBuffer`
     :raises ValueError: if ``length`` is less than 1
     """
+
+    memo: SearchMemo | None = None
+    """What searches found from the stored observations, if anyone keeps it here; forgets what is overwritten."""
 
     def __init__(
         self,
@@ -82,6 +89,8 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
         """See :meth:`PrioritizedReplayBuffer.add`; masks, if there are any, come afterwards by :meth:`add_masks`."""
         if self._masks is not None:
             self._masks[self.pos] = False
+        if self.memo is not None:
+            self.memo.forget(self.pos * self.n_envs + np.arange(self.n_envs))
         super().add(*args, **kwargs)
 
     def add_masks(self, masks: NDArray[np.bool_]) -> None:
@@ -132,6 +141,11 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
         observations = np.concatenate([first[:, None], later.reshape(shape)], axis=1)
         normalized = self._normalize_obs(observations.reshape(-1, *first.shape[1:]), env)
         rewards = self._normalize_reward(self.rewards.reshape(-1)[window], env)
+        positions = self._positions(step, which, lengths)
+        masks = None
+        if self._masks is not None:
+            masks = self._masks.reshape(-1, self._masks.shape[2])[positions]
+            masks[positions < 0] = False
         return SequenceSamples(
             observations=normalized.reshape(observations.shape),  # type: ignore[union-attr]
             actions=self.actions.reshape(-1, self.action_dim)[last],
@@ -141,21 +155,17 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
             ages=newest * self.n_envs,
             weights=th.from_numpy(weights.reshape(-1, 1)).to(self.device),
             indices=indices,
-            masks=None if self._masks is None else self._window_masks(self._masks, step, which, lengths),
+            positions=positions,
+            masks=masks,
         )
 
-    def _window_masks(
-        self,
-        masks: NDArray[np.bool_],
-        step: NDArray[np.int64],
-        which: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-    ) -> NDArray[np.bool_]:
-        """Masks of a window's observations; of its last one only where its sequence goes on."""
+    def _positions(
+        self, step: NDArray[np.int64], which: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Where a window's observations are stored; its last one only where its sequence goes on."""
         places = np.arange(self.length + 1)
-        slots = (step[:, None] + places) % self.buffer_size
-        found: NDArray[np.bool_] = masks[slots, which[:, None]]
+        positions = (step[:, None] + places) % self.buffer_size * self.n_envs + which[:, None]
         last = (step + lengths - 1) % self.buffer_size
         goes_on = ~self._ends[last, which] & (last != (self.pos - 1) % self.buffer_size)
-        found[places >= (lengths + goes_on)[:, None]] = False
-        return found
+        positions[places >= (lengths + goes_on)[:, None]] = -1
+        return positions

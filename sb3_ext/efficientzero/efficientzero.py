@@ -15,6 +15,7 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import configure_logger
 
+from sb3_ext.common.memo import SearchMemo
 from sb3_ext.common.resume import random_state, restore_random_state
 from sb3_ext.common.sequences import SequenceReplayBuffer, SequenceSamples
 from sb3_ext.common.training import LossOutput
@@ -65,6 +66,8 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
     :param mixed_start: updates before search-based values are trusted; the paper has 30,000 on Atari
     :param mixed_threshold: environment steps after which a window is too old for n-step returns; the paper: 5,000
     :param target_update_interval: updates between copies of the network to the one that reanalysis uses
+    :param memoize_reanalysis: search from a stored observation once per copy of the target network, not once per window
+        that contains it: the same targets up to their noise, less work the longer the copies last
     :param reward_coef: weight of the reward loss
     :param value_coef: weight of the value loss; lower protects the representation from noisy values
     :param policy_coef: weight of the policy loss
@@ -114,6 +117,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         mixed_start: int = 500,
         mixed_threshold: int = 500,
         target_update_interval: int = 100,
+        memoize_reanalysis: bool = False,
         reward_coef: float = 1.0,
         value_coef: float = 0.25,
         policy_coef: float = 1.0,
@@ -176,7 +180,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         self.max_num_considered_actions = max_num_considered_actions
         self.num_sampled_actions = num_sampled_actions
         self.value_target, self.mixed_start, self.mixed_threshold = value_target, mixed_start, mixed_threshold
-        self.target_update_interval = target_update_interval
+        self.target_update_interval, self.memoize_reanalysis = target_update_interval, memoize_reanalysis
         self.reward_coef, self.value_coef, self.policy_coef = reward_coef, value_coef, policy_coef
         self.consistency_coef, self.ent_coef = consistency_coef, ent_coef
         self.max_grad_norm, self.image_shift = max_grad_norm, image_shift
@@ -246,9 +250,14 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         :return: targets of value and policy
         """
         late = self.value_target == "mixed" and self._n_updates >= self.mixed_start
+        memo = None
+        if self.memoize_reanalysis:
+            buffer = self.replay_buffer
+            assert isinstance(buffer, SequenceReplayBuffer)
+            memo = buffer.memo = buffer.memo or SearchMemo(buffer.buffer_size * buffer.n_envs)
         return reanalyze(
             self.policy_target, batch, unroll_steps=self.unroll_steps, n_steps=self.n_steps,
-            max_age=-1 if self.value_target == "search" else self.mixed_threshold if late else None,
+            max_age=-1 if self.value_target == "search" else self.mixed_threshold if late else None, memo=memo,
         )  # fmt: skip
 
     def compute_loss(self, batch: SequenceSamples) -> LossOutput:

@@ -8,6 +8,7 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
+from sb3_ext.common.memo import SearchMemo
 from sb3_ext.common.sequences import SequenceSamples
 from sb3_ext.efficientzero.fast_network import Roots
 from sb3_ext.efficientzero.policies import EfficientZeroPolicy
@@ -32,9 +33,32 @@ class Targets(NamedTuple):
     depth: float
 
 
+class _Found(NamedTuple):
+    """
+    What network and search say of the observations of windows, as numpy arrays.
+
+    :param values: the network's, ``[B, L + 1]``; None if they are not needed
+    :param search_values: ``[B, K + 1]``
+    :param policy: as in :class:`Targets`, as is what follows
+    """
+
+    values: NDArray[np.float32] | None
+    search_values: NDArray[np.float32]
+    policy: NDArray[np.float32]
+    actions: NDArray[np.float32] | None
+    best: NDArray[np.int64]
+    depth: float
+
+
 @th.no_grad()
 def reanalyze(
-    policy: EfficientZeroPolicy, batch: SequenceSamples, *, unroll_steps: int, n_steps: int, max_age: int | None
+    policy: EfficientZeroPolicy,
+    batch: SequenceSamples,
+    *,
+    unroll_steps: int,
+    n_steps: int,
+    max_age: int | None,
+    memo: SearchMemo | None = None,
 ) -> Targets:
     """
     Search from the first K + 1 observations of each window, all of them at once; every observation is encoded once.
@@ -44,40 +68,113 @@ def reanalyze(
     :param unroll_steps: K
     :param n_steps: n of n-step returns
     :param max_age: windows that are older get the search's value instead of the n-step return; None: none is too old
+    :param memo: of the buffer that the windows are from; what it knows is not searched again
     :return: targets; the value behind a termination is 0
     """
     places, device = unroll_steps + 1, policy.device
+    fresh = np.full(len(batch.rewards), True) if max_age is None else batch.ages <= max_age
+    if memo is None:
+        found = _search_all(policy, batch, places, bool(fresh.any()))
+    else:
+        found = _search_missing(policy, batch, places, fresh, memo)
+    values = found.search_values
+    if found.values is not None:
+        n_step = n_step_values(
+            batch.rewards, found.values, batch.lengths, batch.terminated,
+            unroll_steps=unroll_steps, n_steps=n_steps, gamma=policy.gamma,
+        )  # fmt: skip
+        values = mix_values(n_step, values, fresh)
+    over = np.arange(places) >= batch.lengths[:, None]
+    values = np.where(over & batch.terminated[:, None], 0, values).astype(np.float32)
+    return Targets(
+        th.from_numpy(values).to(device),
+        th.from_numpy(found.policy).to(device),
+        None if found.actions is None else th.from_numpy(found.actions).to(device),
+        th.from_numpy(found.best).to(device),
+        found.depth,
+    )
+
+
+def _search_all(policy: EfficientZeroPolicy, batch: SequenceSamples, places: int, valued: bool) -> _Found:
+    """Search from every observation, those behind an end too, so that shapes stay the same."""
     size, length = batch.rewards.shape
-    flat = th.from_numpy(batch.observations.reshape(-1, *batch.observations.shape[2:])).to(device)
-    roots = policy.roots(flat)
+    roots = policy.roots(_observations(policy, batch))
 
     def first(x: Any) -> Any:
         return x.reshape(size, length + 1, *x.shape[1:])[:, :places].reshape(size * places, *x.shape[1:])
 
-    invalid = None
-    if batch.masks is not None:
-        legal = first(batch.masks.reshape(-1, batch.masks.shape[2]))
-        invalid = ~legal & legal.any(axis=1, keepdims=True)  # where none is known, all are legal
+    def shaped(x: NDArray[Any]) -> NDArray[Any]:
+        return x.reshape(size, places, *x.shape[1:])
+
+    invalid = None if batch.masks is None else _invalid(batch.masks[:, :places])
     out, sampled = policy.plan(Roots(*(first(x) for x in roots)), noise=True, invalid=invalid)
-    found: NDArray[np.float32] = out.root_values.reshape(size, places)
-    fresh = np.full(size, True) if max_age is None else batch.ages <= max_age
-    if fresh.any():
-        values = np.asarray(th.as_tensor(roots.values).cpu()).reshape(size, length + 1)
-        n_step = n_step_values(
-            batch.rewards, values, batch.lengths, batch.terminated,
-            unroll_steps=unroll_steps, n_steps=n_steps, gamma=policy.gamma,
-        )  # fmt: skip
-        found = mix_values(n_step, found, fresh)
-    over = np.arange(places) >= batch.lengths[:, None]
-    found = np.where(over & batch.terminated[:, None], 0, found).astype(np.float32)
-
-    def tensor(x: NDArray[Any]) -> th.Tensor:
-        return th.from_numpy(x).to(device).reshape(size, places, *x.shape[1:])
-
-    return Targets(
-        th.from_numpy(found).to(device),
-        tensor(out.improved_policy),
-        None if sampled is None else tensor(sampled),
-        tensor(out.actions),
+    return _Found(
+        _numpy(roots.values).reshape(size, length + 1) if valued else None,
+        shaped(out.root_values),
+        shaped(out.improved_policy),
+        None if sampled is None else shaped(sampled),
+        shaped(out.actions),
         float(out.tree.depths.max(axis=1).mean()),
     )
+
+
+def _search_missing(
+    policy: EfficientZeroPolicy, batch: SequenceSamples, places: int, fresh: NDArray[np.bool_], memo: SearchMemo
+) -> _Found:
+    """Search from what the memo does not know, and only once where windows overlap."""
+    size, length = batch.rewards.shape
+    memo.follow(policy)
+    columns, ends = np.arange(length + 1), batch.lengths[:, None]
+    real = (columns < ends) | (columns == ends) & ~batch.terminated[:, None]
+    positions = batch.positions.reshape(-1)
+    unknown = (real & (columns < places)).reshape(-1) & ~memo.searched[positions]
+    unvalued = (real & fresh[:, None]).reshape(-1) & ~memo.valued[positions]
+    candidates = np.concatenate([np.flatnonzero(unknown), np.flatnonzero(unvalued)])
+    # observations that are stored nowhere are all different
+    keys = np.where(positions[candidates] < 0, -1 - candidates, positions[candidates])
+    once = np.sort(np.unique(keys, return_index=True)[1])
+    rows, searches = candidates[once], int((once < unknown.sum()).sum())
+    results: dict[str, NDArray[Any]] = {}
+    if len(rows):
+        roots = policy.roots(_observations(policy, batch, rows))
+        results["values"] = _numpy(roots.values)
+    if searches:
+        legal = None if batch.masks is None else batch.masks.reshape(-1, batch.masks.shape[2])[rows[:searches]]
+        out, sampled = policy.plan(
+            Roots(*(x[:searches] for x in roots)), noise=True, invalid=None if legal is None else _invalid(legal)
+        )
+        memo.depth = float(out.tree.depths.max(axis=1).mean())
+        results |= {"search_values": out.root_values, "policy": out.improved_policy, "best": out.actions}
+        results |= {} if sampled is None else {"actions": sampled}
+    for name, new in results.items():
+        memo.put(positions[rows[: len(new)]], name, new)
+
+    def result(name: str, places: int) -> NDArray[Any]:
+        found = memo.get(name, positions)
+        if name in results:
+            found[rows[: len(results[name])]] = results[name]
+        return found.reshape(size, length + 1, *found.shape[1:])[:, :places]
+
+    return _Found(
+        result("values", length + 1) if fresh.any() else None,
+        result("search_values", places),
+        result("policy", places),
+        None if policy.discrete else result("actions", places),
+        result("best", places),
+        memo.depth,
+    )
+
+
+def _observations(policy: EfficientZeroPolicy, batch: SequenceSamples, rows: Any = slice(None)) -> th.Tensor:
+    flat = batch.observations.reshape(-1, *batch.observations.shape[2:])
+    return th.from_numpy(flat[rows]).to(policy.device)
+
+
+def _invalid(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Forbidden actions, ``[N, A]``; where no legal one is known, none is forbidden."""
+    legal = masks.reshape(-1, masks.shape[-1])
+    return ~legal & legal.any(axis=1, keepdims=True)
+
+
+def _numpy(x: Any) -> NDArray[np.float32]:
+    return np.asarray(th.as_tensor(x).float().cpu())

@@ -207,17 +207,22 @@ def run(
     left = total - model.num_timesteps
     if left > 0:
         model.learn(left, callback=callback, reset_num_timesteps=False, log_interval=settings["eval_every"] // 2)
-    shown = {k: v for k, v in kwargs.items() if k != "policy_kwargs"}
-    shown["policy_kwargs"] = json.loads(json.dumps(kwargs.get("policy_kwargs", {}), default=lambda c: c.__name__))
     if overrides:
         return
     results.mkdir(parents=True, exist_ok=True)
     facts = {
-        "task": task, "algo": algo, "seed": seed, "settings": shown, "dataset": model.dataset_info, "curve": curve,
+        "task": task, "algo": algo, "seed": seed, "settings": plain({"policy_kwargs": {}, **kwargs}),
+        "dataset": model.dataset_info, "curve": curve,
         "command": f"uv run --all-extras benchmarks/cql_learning.py --task {task} --algos {algo} --seeds {seed}",
         **machine(str(model.device)),
     }  # fmt: skip
     result.write_text(json.dumps(facts))
+
+
+def plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings for a file of results, classes by their names."""
+    found: dict[str, Any] = json.loads(json.dumps(settings, default=lambda c: c.__name__))
+    return found
 
 
 def machine(device: str = "cpu") -> dict[str, dict[str, Any]]:

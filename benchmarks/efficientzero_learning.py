@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from cql_learning import RESULTS, Curve, machine, parse, parse_settings
+from cql_learning import RESULTS, Curve, machine, parse, parse_settings, plain
 from learning_envs import MinAtarCNN, SmallCNN
 from per_learning import make_env, with_interval
 from stable_baselines3 import PPO
@@ -109,9 +109,7 @@ def run(
     )
     if trial:
         return
-    used = "PEERS in the script"
-    if algo == "efficientzero":
-        used = json.loads(json.dumps(settings["settings"], default=lambda c: c.__name__))
+    used = plain(settings["settings"]) if algo == "efficientzero" else "PEERS in the script"
     facts = {
         "task": f"ez-{task}", "algo": algo, "seed": seed, "settings": used, "curve": curve,
         "command": "uv run --all-extras benchmarks/efficientzero_learning.py "

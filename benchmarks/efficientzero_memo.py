@@ -1,7 +1,7 @@
 """
 What memoised reanalysis saves: CPU time of an update, and positions that are searched, with and without.
 
-    uv run --all-extras benchmarks/efficientzero_memo.py        # 4 minutes
+    uv run --all-extras benchmarks/efficientzero_memo.py        # 8 minutes beside other work
 
 The replay buffer is filled with random play, then some copies of the target network are trained through. The longer a
 copy lasts and the smaller the buffer, the more is known already. Blocks of updates with and without alternate, one

@@ -23,7 +23,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from cql_learning import RESULTS, Curve, machine, parse
+from cql_learning import RESULTS, Curve, machine, parse, plain
 from learning_envs import SmallCNN
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
@@ -117,7 +117,7 @@ def run(task: str, replay: str, seed: int, work: Path, results: Path) -> None:
     )
     facts = {
         "task": task, "algo": f"dqn-{replay}", "seed": seed, "curve": curve,
-        "settings": json.loads(json.dumps(settings["settings"], default=lambda c: c.__name__)),
+        "settings": plain(settings["settings"]),
         "replay_buffer_kwargs": REPLAY[replay].get("replay_buffer_kwargs"),
         "command": f"uv run --all-extras benchmarks/per_learning.py --task {task} --seeds {seed}",
         **machine(),

@@ -36,11 +36,10 @@ def count_rows(model: EfficientZeroV2, monkeypatch: pytest.MonkeyPatch, noise: b
         counts["encoded"].append(len(observations))
         return roots(observations)
 
-    def counted_plan(found: Any, noise: bool = noise, invalid: Any = None) -> Any:
+    def counted_plan(found: Any, **kwargs: Any) -> Any:
         counts["searched"].append(len(found.values))
-        return plan(found, noise=noisy, invalid=invalid)
+        return plan(found, **{**kwargs, "noise": noise})
 
-    noisy = noise
     monkeypatch.setattr(policy, "roots", counted_roots)
     monkeypatch.setattr(policy, "plan", counted_plan)
     return counts

@@ -12,7 +12,7 @@ from sb3_ext.common.memo import SearchMemo
 from sb3_ext.common.sequences import SequenceSamples
 from sb3_ext.efficientzero.fast_network import Roots
 from sb3_ext.efficientzero.policies import EfficientZeroPolicy
-from sb3_ext.efficientzero.targets import mix_values, n_step_values
+from sb3_ext.efficientzero.targets import masks, mix_values, n_step_values
 
 
 class Targets(NamedTuple):
@@ -124,10 +124,9 @@ def _search_missing(
     """Search from what the memo does not know, and only once where windows overlap."""
     size, length = batch.rewards.shape
     memo.follow(policy)
-    columns, ends = np.arange(length + 1), batch.lengths[:, None]
-    real = (columns < ends) | (columns == ends) & ~batch.terminated[:, None]
+    real = masks(batch.lengths, batch.terminated, length)[0].astype(bool)
     positions = batch.positions.reshape(-1)
-    unknown = (real & (columns < places)).reshape(-1) & ~memo.searched[positions]
+    unknown = (real & (np.arange(length + 1) < places)).reshape(-1) & ~memo.searched[positions]
     unvalued = (real & fresh[:, None]).reshape(-1) & ~memo.valued[positions]
     candidates = np.concatenate([np.flatnonzero(unknown), np.flatnonzero(unvalued)])
     # observations that are stored nowhere are all different
@@ -139,10 +138,10 @@ def _search_missing(
         roots = policy.roots(_observations(policy, batch, rows))
         results["values"] = _numpy(roots.values)
     if searches:
-        legal = None if batch.masks is None else batch.masks.reshape(-1, batch.masks.shape[2])[rows[:searches]]
-        out, sampled = policy.plan(
-            Roots(*(x[:searches] for x in roots)), noise=True, invalid=None if legal is None else _invalid(legal)
-        )
+        invalid = None
+        if batch.masks is not None:
+            invalid = _invalid(batch.masks.reshape(-1, batch.masks.shape[2])[rows[:searches]])
+        out, sampled = policy.plan(Roots(*(x[:searches] for x in roots)), noise=True, invalid=invalid)
         memo.depth = float(out.tree.depths.max(axis=1).mean())
         results |= {"search_values": out.root_values, "policy": out.improved_policy, "best": out.actions}
         results |= {} if sampled is None else {"actions": sampled}

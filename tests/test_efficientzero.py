@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,25 @@ def test_fast_path_equals_torch(actions: spaces.Space[Any]) -> None:
             theirs = policy._recurrent((latent, sampled), slots)
         th.testing.assert_close(th.as_tensor(ours.reward), theirs.reward.detach(), rtol=1e-3, atol=1e-3)
         th.testing.assert_close(th.as_tensor(ours.value), theirs.value.detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_fast_path_follows_the_optimizer(fused: bool, pickled: bool) -> None:
+    policy = make_policy(spaces.Discrete(3), optimizer_kwargs={"fused": fused})
+    if pickled:
+        policy = pickle.loads(pickle.dumps(policy))
+    policy.set_training_mode(False)
+    observations = th.randn(20, 4)
+    before = np.array(policy.roots(observations).policy)
+    for parameter in policy.parameters():
+        parameter.grad = th.randn_like(parameter)
+    policy.optimizer.step()  # a fused one does not count the parameters' versions
+    after = policy.roots(observations).policy
+    assert np.abs(after - before).max() > 1e-4
+    with th.no_grad():
+        wanted = policy.network.predict(policy.network.represent(observations))[1]
+    th.testing.assert_close(th.as_tensor(after), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_squashed_gaussian_density_integrates_to_one() -> None:

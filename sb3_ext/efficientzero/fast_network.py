@@ -52,8 +52,8 @@ class FastNetwork:
         self._one_hot = np.eye(policy.action_size, dtype=np.float32)
 
     def refresh(self) -> None:
-        """Read the parameters if they changed."""
-        version = sum(p._version for p in self._parameters)
+        """Read the parameters if they changed; fused optimizers leave torch's version counters as they are."""
+        version = sum(p._version for p in self._parameters) + self._policy.optimizer_steps
         if version != self._version:
             for part in self._parts:
                 part.refresh()

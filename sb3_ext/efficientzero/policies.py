@@ -140,6 +140,8 @@ class EfficientZeroPolicy(MaskedPolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+        self.optimizer_steps = 0
+        self._count_optimizer_steps()
         self._calls: Calls | None = None
         self._fast: FastNetwork | None = None
         self.search_rate = Rate()
@@ -334,8 +336,18 @@ class EfficientZeroPolicy(MaskedPolicy):
         self._fast.refresh()
         return self._fast
 
+    def _count_optimizer_steps(self) -> None:
+        def count(*_: Any) -> None:
+            self.optimizer_steps += 1
+
+        self.optimizer.register_step_post_hook(count)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fast": None, "_calls": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._count_optimizer_steps()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EfficientZeroPolicy:
         raise TypeError("Build another policy and load this one's state_dict.")

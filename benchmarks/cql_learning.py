@@ -220,8 +220,8 @@ def run(
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings for a file of results, classes by their names."""
-    found: dict[str, Any] = json.loads(json.dumps(settings, default=lambda c: c.__name__))
+    """Settings for a file of results, classes and schedules by their names."""
+    found: dict[str, Any] = json.loads(json.dumps(settings, default=lambda c: getattr(c, "__name__", repr(c))))
     return found
 
 

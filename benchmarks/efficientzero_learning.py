@@ -27,6 +27,7 @@ from learning_envs import MinAtarCNN, SmallCNN
 from per_learning import make_env, with_interval
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_ext import DQN, QRDQN, EfficientZeroV2, PrioritizedReplayBuffer
 
@@ -49,9 +50,13 @@ TASKS: dict[str, dict[str, Any]] = {
         "env": "MinAtarBreakout-v0", "policy": "MlpPolicy", "steps": 100_000, "eval_every": 10_000, "episodes": 30,
         "marks": (5, 10),
         "settings": {
-            "gamma": 0.99, "learning_rate": 1e-3, "train_freq": 2, "gradient_steps": 1, "learning_starts": 1000,
-            "num_simulations": 8,
-            "policy_kwargs": {"features_extractor_class": MinAtarCNN, "normalize_images": False},
+            "gamma": 0.99, "learning_rate": LinearSchedule(1e-3, 1e-4, 1.0), "train_freq": 2, "gradient_steps": 1,
+            "learning_starts": 1000, "num_simulations": 8, "max_num_considered_actions": 3,
+            "search_value": "improved", "memoize_reanalysis": True,
+            "policy_kwargs": {
+                "features_extractor_class": MinAtarCNN, "normalize_images": False, "value_range": 20,
+                "optimizer_kwargs": {"fused": True},
+            },
         },
     },
     "breakout": {

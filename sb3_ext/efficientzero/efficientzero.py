@@ -31,6 +31,7 @@ from sb3_ext.efficientzero.reanalysis import Targets, reanalyze
 from sb3_ext.efficientzero.unroll import unrolled_loss
 
 VALUE_TARGETS = ("mixed", "n_step", "search")
+SEARCH_VALUES = ("mean", "improved")
 
 
 class EfficientZeroV2(WeightedMixin, MaskedCollection):
@@ -63,6 +64,9 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
     :param num_sampled_actions: continuous control: actions sampled at the root
     :param value_target: ``"n_step"``: n-step returns; ``"search"``: search-based values; ``"mixed"``: the first until
         ``mixed_start``, then the second for windows older than ``mixed_threshold``
+    :param search_value: ``"mean"``: search-based values are means of the network's value and of all returns that were
+        backed up, as in the paper; ``"improved"``: expected completed Q under the improved policy, where visits that
+        only compared actions do not count
     :param mixed_start: updates before search-based values are trusted; the paper has 30,000 on Atari
     :param mixed_threshold: environment steps after which a window is too old for n-step returns; the paper: 5,000
     :param target_update_interval: updates between copies of the network to the one that reanalysis uses
@@ -114,6 +118,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         max_num_considered_actions: int | None = None,
         num_sampled_actions: int = 16,
         value_target: str = "mixed",
+        search_value: str = "mean",
         mixed_start: int = 500,
         mixed_threshold: int = 500,
         target_update_interval: int = 100,
@@ -148,6 +153,8 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
             raise ValueError(f"max_num_considered_actions must be at least 1, got {max_num_considered_actions}.")
         if value_target not in VALUE_TARGETS:
             raise ValueError(f"value_target must be one of {', '.join(VALUE_TARGETS)}, not {value_target!r}.")
+        if search_value not in SEARCH_VALUES:
+            raise ValueError(f"search_value must be one of {', '.join(SEARCH_VALUES)}, not {search_value!r}.")
         if buffer_size < unroll_steps + n_steps:
             raise ValueError(
                 f"Windows have {unroll_steps + n_steps} transitions, buffer_size is {buffer_size}. Raise it."
@@ -179,7 +186,8 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         self.unroll_steps, self.num_simulations = unroll_steps, num_simulations
         self.max_num_considered_actions = max_num_considered_actions
         self.num_sampled_actions = num_sampled_actions
-        self.value_target, self.mixed_start, self.mixed_threshold = value_target, mixed_start, mixed_threshold
+        self.value_target, self.search_value = value_target, search_value
+        self.mixed_start, self.mixed_threshold = mixed_start, mixed_threshold
         self.target_update_interval, self.memoize_reanalysis = target_update_interval, memoize_reanalysis
         self.reward_coef, self.value_coef, self.policy_coef = reward_coef, value_coef, policy_coef
         self.consistency_coef, self.ent_coef = consistency_coef, ent_coef
@@ -257,7 +265,8 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
             memo = buffer.memo = buffer.memo or SearchMemo(buffer.buffer_size * buffer.n_envs)
         return reanalyze(
             self.policy_target, batch, unroll_steps=self.unroll_steps, n_steps=self.n_steps,
-            max_age=-1 if self.value_target == "search" else self.mixed_threshold if late else None, memo=memo,
+            max_age=-1 if self.value_target == "search" else self.mixed_threshold if late else None,
+            improved_values=self.search_value == "improved", memo=memo,
         )  # fmt: skip
 
     def compute_loss(self, batch: SequenceSamples) -> LossOutput:

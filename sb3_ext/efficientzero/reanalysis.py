@@ -58,6 +58,7 @@ def reanalyze(
     unroll_steps: int,
     n_steps: int,
     max_age: int | None,
+    improved_values: bool = False,
     memo: SearchMemo | None = None,
 ) -> Targets:
     """
@@ -68,15 +69,16 @@ def reanalyze(
     :param unroll_steps: K
     :param n_steps: n of n-step returns
     :param max_age: windows that are older get the search's value instead of the n-step return; None: none is too old
+    :param improved_values: search-based values are those of the improved policy, not means over all visits
     :param memo: of the buffer that the windows are from; what it knows is not searched again
     :return: targets; the value behind a termination is 0
     """
     places, device = unroll_steps + 1, policy.device
     fresh = np.full(len(batch.rewards), True) if max_age is None else batch.ages <= max_age
     if memo is None:
-        found = _search_all(policy, batch, places, bool(fresh.any()))
+        found = _search_all(policy, batch, places, bool(fresh.any()), improved_values)
     else:
-        found = _search_missing(policy, batch, places, fresh, memo)
+        found = _search_missing(policy, batch, places, fresh, improved_values, memo)
     values = found.search_values
     if found.values is not None:
         n_step = n_step_values(
@@ -95,7 +97,9 @@ def reanalyze(
     )
 
 
-def _search_all(policy: EfficientZeroPolicy, batch: SequenceSamples, places: int, valued: bool) -> _Found:
+def _search_all(
+    policy: EfficientZeroPolicy, batch: SequenceSamples, places: int, valued: bool, improved: bool
+) -> _Found:
     """Search from every observation, those behind an end too, so that shapes stay the same."""
     size, length = batch.rewards.shape
     roots = policy.roots(_observations(policy, batch))
@@ -110,7 +114,7 @@ def _search_all(policy: EfficientZeroPolicy, batch: SequenceSamples, places: int
     out, sampled = policy.plan(Roots(*(first(x) for x in roots)), noise=True, invalid=invalid)
     return _Found(
         _numpy(roots.values).reshape(size, length + 1) if valued else None,
-        shaped(out.root_values),
+        shaped(out.improved_values if improved else out.root_values),
         shaped(out.improved_policy),
         None if sampled is None else shaped(sampled),
         shaped(out.actions),
@@ -119,7 +123,12 @@ def _search_all(policy: EfficientZeroPolicy, batch: SequenceSamples, places: int
 
 
 def _search_missing(
-    policy: EfficientZeroPolicy, batch: SequenceSamples, places: int, fresh: NDArray[np.bool_], memo: SearchMemo
+    policy: EfficientZeroPolicy,
+    batch: SequenceSamples,
+    places: int,
+    fresh: NDArray[np.bool_],
+    improved: bool,
+    memo: SearchMemo,
 ) -> _Found:
     """Search from what the memo does not know, and only once where windows overlap."""
     size, length = batch.rewards.shape
@@ -143,7 +152,8 @@ def _search_missing(
             invalid = _invalid(batch.masks.reshape(-1, batch.masks.shape[2])[rows[:searches]])
         out, sampled = policy.plan(Roots(*(x[:searches] for x in roots)), noise=True, invalid=invalid)
         memo.depth = float(out.tree.depths.max(axis=1).mean())
-        results |= {"search_values": out.root_values, "policy": out.improved_policy, "best": out.actions}
+        values = out.improved_values if improved else out.root_values
+        results |= {"search_values": values, "policy": out.improved_policy, "best": out.actions}
         results |= {} if sampled is None else {"actions": sampled}
     for name, new in results.items():
         memo.put(positions[rows[: len(new)]], name, new)

@@ -53,6 +53,17 @@ class SearchOutput(NamedTuple):
     completed_qvalues: NDArray[np.float32]
     tree: Tree
 
+    @property
+    def improved_values(self) -> NDArray[np.float32]:
+        """
+        Value of the root under the improved policy, ``sum_a pi'(a) Q(a)`` with completed Q, ``[B]``.
+
+        Sequential halving visits actions to compare them; ``root_values`` counts each of these visits, this value only
+        as much as the improved policy would take the action.
+        """
+        legal = self.improved_policy > 0
+        return (self.improved_policy * np.where(legal, self.completed_qvalues, 0)).sum(1, dtype=np.float32)
+
 
 def _floats(x: Any) -> NDArray[np.float32]:
     """As contiguous float32 numpy."""

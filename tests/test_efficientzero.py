@@ -434,6 +434,26 @@ def test_an_update_by_value_target() -> None:
     assert 0 < (ages > 10).sum() < len(ages)
 
 
+@pytest.mark.parametrize("kind", ["mean", "improved"])
+def test_search_values_of_either_kind(kind: str) -> None:
+    settings = {**SMALL, "learning_starts": 100, "value_target": "search"}
+    model = EfficientZeroV2("MlpPolicy", "CartPole-v1", seed=0, search_value=kind, **settings).learn(60)
+    randomize(model.policy_target)  # type: ignore[arg-type]
+    assert isinstance(model.replay_buffer, SequenceReplayBuffer)
+    batch = model.replay_buffer.windows(np.arange(8), np.ones(8, np.float32))
+    flat = th.from_numpy(batch.observations).flatten(0, 1)
+    found = []
+    for noise in (True, False):  # of all observations of the windows, as reanalysis has it
+        th.manual_seed(0)
+        if noise:
+            found.append(model.reanalyze(batch).values)
+        else:
+            out, _ = model.policy_target.plan(model.policy_target.roots(flat), noise=True)
+            found.append(th.from_numpy(out.root_values if kind == "mean" else out.improved_values).reshape(8, -1))
+    inside = np.arange(6) < batch.lengths[:, None]
+    np.testing.assert_allclose(found[0][inside], found[1][inside], rtol=1e-4, atol=1e-5)
+
+
 def test_terminal_places_are_worth_nothing() -> None:
     model = EfficientZeroV2("MlpPolicy", "CartPole-v1", seed=0, **{**SMALL, "learning_starts": 100}).learn(100)
     randomize(model.policy_target)  # type: ignore[arg-type]
@@ -567,6 +587,7 @@ def test_explain(env: str, tmp_path: Path) -> None:
         ({"max_num_considered_actions": 0}, "max_num_considered_actions must be at least 1"),
         ({"max_num_considered_actions": 3}, "a root has 2 actions"),
         ({"value_target": "best"}, "mixed, n_step, search"),
+        ({"search_value": "best"}, "mean, improved"),
         ({"unroll_steps": 0}, "unroll_steps must be at least 1"),
         ({"policy": "CnnPolicy"}, "CnnPolicy needs images"),
         ({"buffer_size": 5}, "Windows have 10 transitions, buffer_size is 5"),

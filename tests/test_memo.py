@@ -46,13 +46,16 @@ def count_rows(model: EfficientZeroV2, monkeypatch: pytest.MonkeyPatch, noise: b
 
 
 @pytest.mark.parametrize("target", ["n_step", "search", "mixed"])
-@pytest.mark.parametrize("task", ["CartPole-v1", "two CartPoles", "masks"])
-def test_targets_are_the_same(task: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("task", "value"),
+    [("CartPole-v1", "mean"), ("two CartPoles", "improved"), ("masks", "mean"), ("masks", "improved")],
+)
+def test_targets_are_the_same(task: str, value: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     env = {
         "CartPole-v1": lambda: make_vec_env("CartPole-v1", 1), "two CartPoles": lambda: make_vec_env("CartPole-v1", 2),
         "masks": lambda: make_vec_env(Masked, 1),
     }[task]()  # fmt: skip
-    model, buffer = collect(env, value_target=target, mixed_start=0, mixed_threshold=40)
+    model, buffer = collect(env, value_target=target, search_value=value, mixed_start=0, mixed_threshold=40)
     counts, known = count_rows(model, monkeypatch, noise=False), set[int]()
     for first in (0, 0, 30, 70):  # the second time everything is known, then part of it
         batch = buffer.windows(np.arange(first, min(first + 50, 100)), np.ones(min(50, 100 - first), np.float32))

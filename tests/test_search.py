@@ -285,6 +285,19 @@ def test_finds_the_best_arm() -> None:
     assert (found.visits[masked] == 0).all()
 
 
+def test_improved_values_leave_out_visits_that_only_compare() -> None:
+    q = np.array([[1.0, 0.0, 5.0]])
+    settings = {"num_simulations": 8, "max_num_considered_actions": 2, "gamma": 1.0}
+    forbidden = np.array([[False, False, True]])
+    found = gumbel_search(np.zeros((1, 3)), [0.5], np.zeros((1, 1)), bandit(q), invalid_actions=forbidden, **settings)
+    assert found.visits.tolist() == [[4, 4, 0]]
+    assert found.root_values == pytest.approx([(0.5 + 4 * 1 + 4 * 0) / 9])
+    sure = 1 / (1 + np.exp(-(50 + 4) * 0.1))  # equal priors, normalised Q of 1 and 0
+    assert found.improved_policy[0] == pytest.approx([sure, 1 - sure, 0])
+    assert found.improved_values == pytest.approx([sure * 1 + (1 - sure) * 0])
+    assert found.improved_values.dtype == np.float32
+
+
 @given(st.integers(0, 10**6), st.integers(2, 9), st.integers(1, 24))
 def test_the_improved_policy_is_not_worse_than_the_prior(seed: int, slots: int, n: int) -> None:
     rng = np.random.default_rng(seed)

@@ -346,7 +346,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         return {**self.__dict__, "_fast": None, "_calls": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._count_optimizer_steps()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EfficientZeroPolicy:

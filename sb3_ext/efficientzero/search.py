@@ -62,7 +62,8 @@ class SearchOutput(NamedTuple):
         as much as the improved policy would take the action.
         """
         legal = self.improved_policy > 0
-        return (self.improved_policy * np.where(legal, self.completed_qvalues, 0)).sum(1, dtype=np.float32)
+        values = (self.improved_policy * np.where(legal, self.completed_qvalues, 0)).sum(1)
+        return np.asarray(values, np.float32)
 
 
 def _floats(x: Any) -> NDArray[np.float32]:

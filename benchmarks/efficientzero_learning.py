@@ -20,16 +20,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from cql_learning import RESULTS, Curve, machine, parse, parse_settings, plain
 from learning_envs import MinAtarCNN, SmallCNN
 from per_learning import make_env, with_interval
 from stable_baselines3 import PPO
+from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv, FireResetEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_ext import DQN, QRDQN, EfficientZeroV2, PrioritizedReplayBuffer
+from sb3_ext.data import StackFrames, make_atari_env
 
 MINATAR = {"features_extractor_class": MinAtarCNN, "net_arch": [], "normalize_images": False}
 OFF_POLICY = {
@@ -63,9 +68,11 @@ TASKS: dict[str, dict[str, Any]] = {
         "env": "ALE/Breakout-v5", "policy": "MlpPolicy", "steps": 24_000, "eval_every": 4_000, "episodes": 20,
         "marks": (3, 6),
         "settings": {
-            "gamma": 0.988, "learning_rate": 1e-3, "train_freq": 4, "gradient_steps": 1, "learning_starts": 2000,
-            "num_simulations": 8, "optimize_memory_usage": True,
-            "policy_kwargs": {"features_extractor_class": SmallCNN},
+            "gamma": 0.988, "learning_rate": 1e-3, "train_freq": 2, "gradient_steps": 1, "learning_starts": 2000,
+            "num_simulations": 8, "search_value": "improved", "memoize_reanalysis": True, "optimize_memory_usage": True,
+            "policy_kwargs": {
+                "features_extractor_class": SmallCNN, "value_range": 20, "optimizer_kwargs": {"fused": True},
+            },
         },
     },
 }  # fmt: skip
@@ -84,10 +91,25 @@ PEERS: dict[str, Any] = {
 ALGOS = ("efficientzero", *PEERS)
 
 
+def make_task_env(env_id: str, n_envs: int, seed: int, training: bool) -> VecEnv:
+    """Environment of a task; Breakout as SB3's ``AtariWrapper`` has it: no sticky actions, a lost life is an end."""
+    if env_id != "ALE/Breakout-v5":
+        return make_env(env_id, n_envs, seed, training)
+
+    def make() -> gym.Env:
+        env: gym.Env = Monitor(gym.wrappers.TimeLimit(make_atari_env("Breakout", sticky=0.0), 2000))
+        env = FireResetEnv(EpisodicLifeEnv(env))
+        return StackFrames(gym.wrappers.ClipReward(env, -1, 1) if training else env, 4)
+
+    env = DummyVecEnv([make] * n_envs)
+    env.seed(seed)
+    return env
+
+
 def build(task: str, algo: str, seed: int, overrides: dict[str, Any]) -> BaseAlgorithm:
     """Algorithm and training environment."""
     settings = TASKS[task]
-    env = make_env(settings["env"], 8 if algo == "ppo" else 1, seed, training=True)
+    env = make_task_env(settings["env"], 8 if algo == "ppo" else 1, seed, training=True)
     if algo in PEERS:
         model: BaseAlgorithm = PEERS[algo](env, seed)
         return model
@@ -107,7 +129,7 @@ def run(
     state.mkdir(parents=True, exist_ok=True)
     curve: list[dict[str, Any]] = []
     model = build(task, algo, seed, overrides)
-    evaluation = make_env(settings["env"], 10, seed, training=False)
+    evaluation = make_task_env(settings["env"], 10, seed, training=False)
     model.learn(
         steps or settings["steps"],
         callback=Curve(evaluation, settings["eval_every"], settings["episodes"], state, curve),

@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ext.common.memo import SearchMemo
 from sb3_ext.common.prioritized import PrioritizedReplayBuffer
+from sb3_ext.common.stores import DictStore
 
 
 class SequenceSamples(NamedTuple):
@@ -136,10 +137,9 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
         lengths = ends.argmax(axis=1) + 1
         # a transition beyond the end is the last one again
         last = np.take_along_axis(window, np.minimum(steps[None], lengths[:, None] - 1), axis=1)
-        first, later = self.store.take(indices, last.reshape(-1))
-        shape = (len(indices), self.length, *first.shape[1:])
-        observations = np.concatenate([first[:, None], later.reshape(shape)], axis=1)
-        normalized = self._normalize_obs(observations.reshape(-1, *first.shape[1:]), env)
+        assert not isinstance(self.store, DictStore)
+        observations = self.store.take_windows(indices, last)
+        normalized = self._normalize_obs(observations.reshape(-1, *observations.shape[2:]), env)
         rewards = self._normalize_reward(self.rewards.reshape(-1)[window], env)
         positions = self._positions(step, which, lengths)
         masks = None

@@ -72,6 +72,17 @@ class PairStore:
             last, axis=0
         )
 
+    def take_windows(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[Any]:
+        """
+        Copy windows of observations out.
+
+        :param indices: transitions whose observations come first, ``step * E + environment``, ``[B]``
+        :param last: transitions whose next observations follow, ``[B, L]``
+        :return: ``[B, L + 1, *shape]``
+        """
+        first, later = self.take(indices, last.reshape(-1))
+        return np.concatenate([first[:, None], later.reshape(*last.shape, *first.shape[1:])], axis=1)
+
 
 class DictStore:
     """
@@ -190,11 +201,19 @@ class RingStore:
         """See :meth:`PairStore.take`; without n-step returns both are views of the same frames."""
         k, c = self.frame_stack, self._channels
         if last is indices:
-            both = self._stacks(indices, 1 - k, k + 1)
+            both = self._stacks(indices, np.full(len(indices), 1 - k), k + 1)
             return both[:, :-c], both[:, c:]
-        return self._stacks(indices, 1 - k, k), self._stacks(last, 2 - k, k)
+        return self._stacks(indices, np.full(len(indices), 1 - k), k), self._stacks(last, np.full(len(last), 2 - k), k)
 
-    def _stacks(self, indices: NDArray[np.int64], first: int, count: int) -> NDArray[Any]:
+    def take_windows(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[Any]:
+        """See :meth:`PairStore.take_windows`; nothing is copied twice."""
+        both = np.concatenate([indices[:, None], last], axis=1)
+        first = np.full(both.shape, 2 - self.frame_stack)
+        first[:, 0] -= 1
+        out = self._stacks(both.reshape(-1), first.reshape(-1), self.frame_stack)
+        return out.reshape(*both.shape, *out.shape[1:])
+
+    def _stacks(self, indices: NDArray[np.int64], first: NDArray[np.int64], count: int) -> NDArray[Any]:
         """``count`` frames of each transition, the first of them ``first`` after its newest one."""
         out = np.empty((len(indices), count * self._channels, *self.frames.shape[3:]), self.frames.dtype)
         _copy(self._bytes, self._rows.reshape(-1), indices, first, out.view(np.uint8).reshape(len(indices), count, -1))
@@ -210,14 +229,14 @@ def _copy(
     frames: NDArray[np.uint8],
     rows: NDArray[np.int64],
     indices: NDArray[np.int64],
-    first: int,
+    first: NDArray[np.int64],
     out: NDArray[np.uint8],
 ) -> None:
     """Copy neighbouring frames out of the rings ``[E, R, bytes]``, for transition ``step * E + environment``."""
     n_envs, n_rows, size = frames.shape
     for i in range(len(indices)):
         env = indices[i] % n_envs
-        row = rows[indices[i]] + first
+        row = rows[indices[i]] + first[i]
         for k in range(out.shape[1]):
             source = frames[env, (row + k) % n_rows]
             target = out[i, k]

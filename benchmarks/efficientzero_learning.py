@@ -92,12 +92,12 @@ ALGOS = ("efficientzero", *PEERS)
 
 
 def make_task_env(env_id: str, n_envs: int, seed: int, training: bool) -> VecEnv:
-    """Environment of a task; Breakout as SB3's ``AtariWrapper`` has it: no sticky actions, a lost life is an end."""
+    """Environment of a task; Breakout has sticky actions, and a lost life is an end, as in SB3's ``AtariWrapper``."""
     if env_id != "ALE/Breakout-v5":
         return make_env(env_id, n_envs, seed, training)
 
     def make() -> gym.Env:
-        env: gym.Env = Monitor(gym.wrappers.TimeLimit(make_atari_env("Breakout", sticky=0.0), 2000))
+        env: gym.Env = Monitor(gym.wrappers.TimeLimit(make_atari_env("Breakout"), 2000))
         env = FireResetEnv(EpisodicLifeEnv(env))
         return StackFrames(gym.wrappers.ClipReward(env, -1, 1) if training else env, 4)
 

@@ -4,7 +4,7 @@ Learning curves of EfficientZeroV2 over environment steps and CPU seconds.
     uv run --all-extras benchmarks/efficientzero_learning.py --task cartpole --seeds 0 1 2 3 4
     uv run --all-extras benchmarks/efficientzero_learning.py --task pendulum --seeds 0 1 2
     uv run --all-extras benchmarks/efficientzero_learning.py --task minatar --algos efficientzero dqn qrdqn-per ppo
-    uv run --all-extras benchmarks/efficientzero_learning.py --task breakout        # Atari, a small network
+    uv run --all-extras benchmarks/efficientzero_learning.py --task breakout --algos efficientzero dqn qrdqn-per
     uv run --all-extras benchmarks/efficientzero_learning.py --table
 
 Evaluations play greedy actions (search without noise) from fixed seeds and cost no training time. The table says when a
@@ -36,11 +36,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_ext import DQN, QRDQN, EfficientZeroV2, PrioritizedReplayBuffer
 from sb3_ext.data import StackFrames, make_atari_env
 
-MINATAR = {"features_extractor_class": MinAtarCNN, "net_arch": [], "normalize_images": False}
 OFF_POLICY = {
     "learning_rate": 2.5e-4, "buffer_size": 100_000, "learning_starts": 1000, "train_freq": 1, "gradient_steps": 1,
     "target_update_interval": 1000, "exploration_fraction": 0.2, "exploration_final_eps": 0.05,
-    "policy_kwargs": MINATAR,
 }  # fmt: skip
 TASKS: dict[str, dict[str, Any]] = {
     "cartpole": {
@@ -76,18 +74,24 @@ TASKS: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
+NETWORKS: dict[str, dict[str, Any]] = {
+    "minatar": {"features_extractor_class": MinAtarCNN, "net_arch": [], "normalize_images": False},
+    "breakout": {"features_extractor_class": SmallCNN, "net_arch": []},
+}
 PEERS: dict[str, Any] = {
-    "dqn": lambda env, seed: DQN("MlpPolicy", env, seed=seed, device="cpu", **OFF_POLICY),
-    "qrdqn-per": lambda env, seed: QRDQN(
-        "MlpPolicy", env, seed=seed, device="cpu", replay_buffer_class=PrioritizedReplayBuffer,
-        **{**OFF_POLICY, "policy_kwargs": {**MINATAR, "n_quantiles": 50}},
+    "dqn": lambda env, seed, network: DQN(
+        "MlpPolicy", env, seed=seed, device="cpu", **OFF_POLICY, policy_kwargs=network
     ),
-    "ppo": lambda env, seed: PPO(
+    "qrdqn-per": lambda env, seed, network: QRDQN(
+        "MlpPolicy", env, seed=seed, device="cpu", replay_buffer_class=PrioritizedReplayBuffer, **OFF_POLICY,
+        policy_kwargs={**network, "n_quantiles": 50},
+    ),
+    "ppo": lambda env, seed, network: PPO(
         "MlpPolicy", env, seed=seed, device="cpu", n_steps=128, batch_size=256, n_epochs=4, learning_rate=1e-3,
-        ent_coef=0.01, policy_kwargs=MINATAR,
+        ent_coef=0.01, policy_kwargs=network,
     ),
 }  # fmt: skip
-"""Peers on MinAtar; PPO has eight environments, and the settings with which it makes our MinAtar dataset."""
+"""Peers on pictures; PPO has eight environments, and the settings with which it makes our MinAtar dataset."""
 ALGOS = ("efficientzero", *PEERS)
 
 
@@ -111,7 +115,9 @@ def build(task: str, algo: str, seed: int, overrides: dict[str, Any]) -> BaseAlg
     settings = TASKS[task]
     env = make_task_env(settings["env"], 8 if algo == "ppo" else 1, seed, training=True)
     if algo in PEERS:
-        model: BaseAlgorithm = PEERS[algo](env, seed)
+        if task not in NETWORKS:
+            raise SystemExit(f"Only {' and '.join(NETWORKS)} have peers.")
+        model: BaseAlgorithm = PEERS[algo](env, seed, NETWORKS[task])
         return model
     return EfficientZeroV2(settings["policy"], env, seed=seed, device="cpu", **{**settings["settings"], **overrides})
 

@@ -67,7 +67,8 @@ TASKS: dict[str, dict[str, Any]] = {
         "marks": (3, 6),
         "settings": {
             "gamma": 0.988, "learning_rate": 1e-3, "train_freq": 2, "gradient_steps": 1, "learning_starts": 2000,
-            "num_simulations": 8, "search_value": "improved", "memoize_reanalysis": True, "optimize_memory_usage": True,
+            "num_simulations": 8, "search_value": "improved", "ent_coef": 0.05,
+            "memoize_reanalysis": True, "optimize_memory_usage": True,
             "policy_kwargs": {
                 "features_extractor_class": SmallCNN, "value_range": 20, "optimizer_kwargs": {"fused": True},
             },

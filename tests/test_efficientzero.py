@@ -451,6 +451,25 @@ def test_search_values_of_either_kind(kind: str) -> None:
     np.testing.assert_allclose(values[inside], wanted[inside], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("env", "default"), [("CartPole-v1", 0.0), ("Pendulum-v1", 0.05)])
+def test_entropy_is_in_the_loss(env: str, default: float) -> None:
+    model = EfficientZeroV2("MlpPolicy", env, seed=0, **{**SMALL, "learning_starts": 100}).learn(60)
+    assert model.ent_coef == default
+    assert isinstance(model.replay_buffer, SequenceReplayBuffer)
+    batch = model.replay_buffer.windows(np.arange(8), np.ones(8, np.float32))
+    losses, gradients = {}, {}
+    for coef in (0.0, 0.2):
+        model.ent_coef = coef
+        th.manual_seed(0)
+        out = model.compute_loss(batch)
+        model.policy.zero_grad()
+        out.loss.mean().backward()
+        losses[coef] = float(out.loss.detach().mean())
+        gradients[coef] = th.cat([p.grad.flatten() for p in model.policy.parameters() if p.grad is not None])
+    assert losses[0.0] - losses[0.2] == pytest.approx(0.2 * float(out.metrics["entropy"].detach()), rel=1e-3)
+    assert (gradients[0.0] - gradients[0.2]).abs().max() > 1e-4
+
+
 def test_terminal_places_are_worth_nothing() -> None:
     model = EfficientZeroV2("MlpPolicy", "CartPole-v1", seed=0, **{**SMALL, "learning_starts": 100}).learn(100)
     randomize(model.policy_target)  # type: ignore[arg-type]

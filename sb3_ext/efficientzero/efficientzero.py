@@ -76,7 +76,8 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
     :param value_coef: weight of the value loss; lower protects the representation from noisy values
     :param policy_coef: weight of the policy loss
     :param consistency_coef: weight of the self-supervised loss; higher helps most where rewards are rare
-    :param ent_coef: continuous control: weight of the policy's entropy; higher explores more
+    :param ent_coef: weight of the policy's entropy, higher explores more; by default 0 for discrete actions, as in the
+        paper, else 0.05
     :param max_grad_norm: gradient clipping; None for none
     :param image_shift: images are shifted at random by up to so many pixels for training; None: 4 from 32 pixels on,
         else 0
@@ -127,7 +128,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         value_coef: float = 0.25,
         policy_coef: float = 1.0,
         consistency_coef: float = 2.0,
-        ent_coef: float = 5e-2,
+        ent_coef: float | None = None,
         max_grad_norm: float | None = 5.0,
         image_shift: int | None = None,
         optimize_memory_usage: bool = False,
@@ -199,6 +200,8 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
 
     def _setup_model(self) -> None:
         self._check_spaces()
+        if self.ent_coef is None:
+            self.ent_coef = 0.0 if isinstance(self.action_space, spaces.Discrete) else 5e-2
         plain, n_steps = self.policy_kwargs, self.n_steps
         names = (
             *("num_simulations", "max_num_considered_actions", "num_sampled_actions", "gamma"),

@@ -74,7 +74,7 @@ def unrolled_loss(model: EfficientZeroV2, batch: SequenceSamples, targets: Targe
         + model.reward_coef * terms["reward_loss"]
         + model.consistency_coef * terms["consistency_loss"]
     ) / steps
-    if not model.policy.discrete:
+    if model.ent_coef:
         loss = loss - model.ent_coef * terms["entropy"] / steps
     td_error = targets.values[:, 0] - first_value
     if loss.device.type == "cpu" and not th.isfinite(loss + td_error).all():
@@ -104,6 +104,6 @@ def _policy_loss(policy: th.Tensor, targets: Targets, place: int) -> th.Tensor:
 
 def _entropy(policy: th.Tensor, discrete: bool) -> th.Tensor:
     if discrete:
-        logs = policy.detach().log_softmax(1)
+        logs = policy.log_softmax(1)
         return -(logs.exp() * logs).sum(1)
     return sampled_entropy(policy)

@@ -455,6 +455,7 @@ def test_search_values_of_either_kind(kind: str) -> None:
 def test_entropy_is_in_the_loss(env: str, default: float) -> None:
     model = EfficientZeroV2("MlpPolicy", env, seed=0, **{**SMALL, "learning_starts": 100}).learn(60)
     assert model.ent_coef == default
+    randomize(model.policy)  # type: ignore[arg-type]
     assert isinstance(model.replay_buffer, SequenceReplayBuffer)
     batch = model.replay_buffer.windows(np.arange(8), np.ones(8, np.float32))
     losses, gradients = {}, {}

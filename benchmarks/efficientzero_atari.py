@@ -115,11 +115,13 @@ def measure(model: EfficientZeroV2, steps: int, updates: int) -> dict[str, Any]:
     clock.wrap(model, "reanalyze", "targets")
     clock.wrap(model, "compute_loss", "network, loss")
     clock.wrap(model.policy.optimizer, "step", "network, optimizer")
+    backward = th.Tensor.backward
     clock.wrap(th.Tensor, "backward", "network, backward")
     model.train(1, model.batch_size)
     clock.flush()
     model.train(updates, model.batch_size)
     updating = clock.flush()
+    th.Tensor.backward = backward  # type: ignore[method-assign]
     roots = model.batch_size * (model.unroll_steps + 1)
     total = sum(updating.values())
     network = sum(s for part, s in updating.items() if part.startswith("network"))

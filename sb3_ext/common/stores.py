@@ -207,11 +207,35 @@ class RingStore:
 
     def take_windows(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[Any]:
         """See :meth:`PairStore.take_windows`; nothing is copied twice."""
+        both, first = self._window(indices, last)
+        out = self._stacks(both.reshape(-1), first.reshape(-1), self.frame_stack)
+        return out.reshape(*both.shape, *out.shape[1:])
+
+    @property
+    def written(self) -> NDArray[np.int64]:
+        """Frames written so far, ``[E]``; number i lies in row ``i % rows``."""
+        return self._written
+
+    def window_rows(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.int64]:
+        """
+        Where the frames of windows lie.
+
+        :param indices: as for :meth:`take_windows`
+        :param last: likewise
+        :return: ``environment * rows + row``, ``[B, L + 1, k]``
+        """
+        both, first = self._window(indices, last)
+        rows = (self._rows.reshape(-1)[both] + first)[..., None] + np.arange(self.frame_stack)
+        return rows % self._n_rows + (both % len(self.frames) * self._n_rows)[..., None]
+
+    def _window(
+        self, indices: NDArray[np.int64], last: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Transitions of a window, and where their first frame is from the newest one."""
         both = np.concatenate([indices[:, None], last], axis=1)
         first = np.full(both.shape, 2 - self.frame_stack)
         first[:, 0] -= 1
-        out = self._stacks(both.reshape(-1), first.reshape(-1), self.frame_stack)
-        return out.reshape(*both.shape, *out.shape[1:])
+        return both, first
 
     def _stacks(self, indices: NDArray[np.int64], first: NDArray[np.int64], count: int) -> NDArray[Any]:
         """``count`` frames of each transition, the first of them ``first`` after its newest one."""

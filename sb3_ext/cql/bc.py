@@ -32,6 +32,7 @@ class BC(CQL):
     :param dataset_kwargs: as in :class:`CQL`
     :param torch_compile: as in :class:`CQL`
     :param bf16: as in :class:`CQL`
+    :param cuda_graphs: as in :class:`CQL`
     :param stats_window_size: as in SB3
     :param tensorboard_log: as in SB3
     :param policy_kwargs: as in SB3
@@ -52,6 +53,7 @@ class BC(CQL):
         dataset_kwargs: dict[str, Any] | None = None,
         torch_compile: bool = False,
         bf16: bool = False,
+        cuda_graphs: bool = True,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -72,6 +74,7 @@ class BC(CQL):
             dataset_kwargs=dataset_kwargs,
             torch_compile=torch_compile,
             bf16=bf16,
+            cuda_graphs=cuda_graphs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,

@@ -61,6 +61,8 @@ class CQL(OfflineQRDQN):
         ``storage``, ``prioritized``, ...
     :param torch_compile: compile the networks' forward pass: 10 to 20 s at the start; measure whether it gains anything
     :param bf16: run the networks in bfloat16 (fast where the processor has it, slow where it does not)
+    :param cuda_graphs: on a GPU, record the kernels of the loss once in each ``learn`` and replay them; False launches
+        each by itself
     :param stats_window_size: as in SB3
     :param tensorboard_log: as in SB3
     :param policy_kwargs: as in QRDQN, for instance ``dict(n_quantiles=50)``; default 200 quantiles
@@ -101,6 +103,7 @@ class CQL(OfflineQRDQN):
         dataset_kwargs: dict[str, Any] | None = None,
         torch_compile: bool = False,
         bf16: bool = False,
+        cuda_graphs: bool = True,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -112,7 +115,7 @@ class CQL(OfflineQRDQN):
         check_arguments(policy, env, cql_alpha, batch_size, target_update_interval, n_steps)
         self.cql_alpha, self.double_q, self.clip_rewards = cql_alpha, double_q, clip_rewards
         self.dataset_kwargs = dict(dataset_kwargs or {})
-        self.torch_compile, self.bf16 = torch_compile, bf16
+        self.torch_compile, self.bf16, self.cuda_graphs = torch_compile, bf16, cuda_graphs
         self.dataset_info: dict[str, Any] = {}
         self._metrics = MetricMeans()
         self._sampler_state: Any = None

@@ -18,13 +18,14 @@ from sb3_contrib.qrdqn.policies import QuantileNetwork
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
 from stable_baselines3.common.utils import configure_logger, polyak_update
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_ext.common.buffers import OfflineReplayBuffer
+from sb3_ext.common.graphs import RecordedLoss
 from sb3_ext.common.mixed import MixedReplayBuffer
-from sb3_ext.common.training import MetricMeans, train_weighted
+from sb3_ext.common.training import LossOutput, MetricMeans, train_weighted
 from sb3_ext.cql.support import OfflineEnv, OfflineProgressBar, check_policy, short_space, warn_on_overestimation
 from sb3_ext.data.minari import DatasetLike, load_minari
 from sb3_ext.data.outlook import action_coverage
@@ -42,10 +43,12 @@ class OfflineQRDQN(QRDQN):
     dataset_kwargs: dict[str, Any]
     dataset_info: dict[str, Any]
     torch_compile: bool
+    cuda_graphs: bool
     _metrics: MetricMeans
     _offline: bool
     _offline_buffer: ReplayBuffer
     _policy_name: str | None
+    _recorded_loss: RecordedLoss
     _sampler_state: Any
     _online_forward: Callable[[th.Tensor], th.Tensor]
     _target_forward: Callable[[th.Tensor], th.Tensor]
@@ -131,7 +134,11 @@ class OfflineQRDQN(QRDQN):
         if self.torch_compile:
             self._online_forward = th.compile(self._online_forward)
             self._target_forward = th.compile(self._target_forward)
+        self._forget_recordings()
         self._seed_sampler()
+
+    def _forget_recordings(self) -> None:
+        self._recorded_loss = RecordedLoss(self.quantile_net, lambda *x: self.compute_loss(ReplayBufferSamples(*x)))
 
     def get_env(self) -> VecEnv | None:
         """
@@ -161,7 +168,13 @@ class OfflineQRDQN(QRDQN):
         :param gradient_steps: number of steps
         :param batch_size: samples per step
         """
-        train_weighted(self, self.compute_loss, gradient_steps, batch_size, self._metrics, self._after_update)
+        train_weighted(self, self._loss, gradient_steps, batch_size, self._metrics, self._after_update)
+
+    def _loss(self, batch: Any) -> LossOutput:
+        """``compute_loss``, recorded if that is wanted; weights and indices of a batch are not its business."""
+        if not self.cuda_graphs:
+            return self.compute_loss(batch)
+        return self._recorded_loss(*(part for part in batch[: len(ReplayBufferSamples._fields)] if part is not None))
 
     def _after_update(self) -> None:
         if self._n_updates % self.target_update_interval == 0:
@@ -229,6 +242,7 @@ class OfflineQRDQN(QRDQN):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        self._forget_recordings()  # they have the coefficients of then
         if not self._offline:
             return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         # BaseAlgorithm._setup_learn without its reset of the environment
@@ -292,6 +306,7 @@ class OfflineQRDQN(QRDQN):
             "_metrics",
             "_online_forward",
             "_target_forward",
+            "_recorded_loss",
             "_offline",
         ]
 

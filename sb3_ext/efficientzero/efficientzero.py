@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pathlib
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch as th
@@ -15,6 +16,7 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import configure_logger
 
+from sb3_ext.common.graphs import RecordedLoss
 from sb3_ext.common.memo import SearchMemo
 from sb3_ext.common.resume import random_state, restore_random_state
 from sb3_ext.common.sequences import SequenceReplayBuffer, SequenceSamples
@@ -28,7 +30,7 @@ from sb3_ext.efficientzero.meter import Rate, flush_rate
 from sb3_ext.efficientzero.offline import fill_replay_buffer
 from sb3_ext.efficientzero.policies import CnnPolicy, EfficientZeroPolicy, MlpPolicy
 from sb3_ext.efficientzero.reanalysis import Targets, reanalyze
-from sb3_ext.efficientzero.unroll import unrolled_loss
+from sb3_ext.efficientzero.unroll import unroll, unrolled_loss
 
 VALUE_TARGETS = ("mixed", "n_step", "search")
 SEARCH_VALUES = ("mean", "improved")
@@ -88,6 +90,8 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
     :param torch_compile: compile the network's functions: a minute at the start; measure whether it gains anything
     :param bf16: run the network in bfloat16, in training and search. The search of an MLP on a CPU is compiled and
         float32 in any case
+    :param cuda_graphs: on a GPU, record the kernels of search and loss once and replay them; False launches each
+        by itself
     :param stats_window_size: as in SB3
     :param tensorboard_log: as in SB3
     :param verbose: as in SB3
@@ -136,6 +140,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         policy_kwargs: dict[str, Any] | None = None,
         torch_compile: bool = False,
         bf16: bool = False,
+        cuda_graphs: bool = True,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         verbose: int = 0,
@@ -193,7 +198,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         self.reward_coef, self.value_coef, self.policy_coef = reward_coef, value_coef, policy_coef
         self.consistency_coef, self.ent_coef = consistency_coef, ent_coef
         self.max_grad_norm, self.image_shift = max_grad_norm, image_shift
-        self.torch_compile, self.bf16 = torch_compile, bf16
+        self.torch_compile, self.bf16, self.cuda_graphs = torch_compile, bf16, cuda_graphs
         self._update_rate = Rate()
         if _init_setup_model:
             self._setup_model()
@@ -205,7 +210,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         plain, n_steps = self.policy_kwargs, self.n_steps
         names = (
             *("num_simulations", "max_num_considered_actions", "num_sampled_actions", "gamma"),
-            *("torch_compile", "bf16"),
+            *("torch_compile", "bf16", "cuda_graphs"),
         )
         self.policy_kwargs = {name: getattr(self, name) for name in names} | plain
         buffer_kwargs = self.replay_buffer_kwargs
@@ -219,6 +224,10 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         self.policy_target.load_state_dict(self.policy.state_dict())
         self.policy_target.set_training_mode(False)
         self.policy_kwargs, self.n_steps, self.replay_buffer_kwargs = plain, n_steps, buffer_kwargs
+        self._forget_recordings()
+
+    def _forget_recordings(self) -> None:
+        self.recorded_loss = RecordedLoss(self.policy.network, partial(unroll, self))
 
     def _check_spaces(self) -> None:
         """Say what is not supported before anything is built."""
@@ -358,6 +367,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
                 self.env.seed(self.seed + self.num_timesteps)
             restore_random_state(self, self._random_state)
         self._random_state = None
+        self._forget_recordings()  # they have the coefficients of then
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def save(
@@ -375,7 +385,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
             self._random_state = before
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "policy_target", "_update_rate"]
+        return [*super()._excluded_save_params(), "policy_target", "_update_rate", "recorded_loss"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy_target", "policy.optimizer"], []

@@ -9,7 +9,9 @@ import torch as th
 from numpy.typing import NDArray
 
 from sb3_ext.efficientzero.fast import FastMlp, compile_mlp, decode
+from sb3_ext.efficientzero.gaussian import INNER_ACTIONS, inner_samples
 from sb3_ext.efficientzero.search import RecurrentOutput
+from sb3_ext.efficientzero.threads import blas_threads
 
 if TYPE_CHECKING:
     from sb3_ext.efficientzero.policies import EfficientZeroPolicy
@@ -61,7 +63,8 @@ class FastNetwork:
 
     def roots(self, latent: NDArray[np.float32]) -> Roots:
         """See :meth:`EfficientZeroPolicy.roots`."""
-        out = self._parts[3](latent)
+        with blas_threads():
+            out = self._parts[3](latent)
         return Roots(latent, decode(out[:, : self._bins], self._support, EPS), out[:, self._bins :])
 
     def recurrent(self, embedding: Any, slots: NDArray[np.int64]) -> RecurrentOutput:
@@ -80,5 +83,5 @@ class FastNetwork:
         value, policy = decode(out[:, : self._bins], self._support, EPS), out[:, self._bins :]
         if self._policy.discrete:
             return RecurrentOutput(reward, value, policy, latent)
-        inner = self._policy.inner_actions(th.from_numpy(policy), latent)
-        return RecurrentOutput(reward, value, *inner)
+        inner = inner_samples(th.from_numpy(policy), self._policy.num_sampled_actions).numpy()
+        return RecurrentOutput(reward, value, np.zeros((len(inner), INNER_ACTIONS), np.float32), (latent, inner))

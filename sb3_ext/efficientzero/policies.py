@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch.nn import functional as F
 
+from sb3_ext.common.graphs import Recorded
 from sb3_ext.common.losses import inverse_value_transform, two_hot, value_transform
 from sb3_ext.efficientzero.calls import Calls
 from sb3_ext.efficientzero.fast_network import EPS, FastNetwork, Roots
@@ -24,6 +25,7 @@ from sb3_ext.efficientzero.meter import Rate
 from sb3_ext.efficientzero.networks import CnnNetwork, LatentNetwork, MlpNetwork
 from sb3_ext.efficientzero.prefix import start_parts, step_parts
 from sb3_ext.efficientzero.search import RecurrentOutput, SearchOutput, gumbel_search
+from sb3_ext.efficientzero.threads import blas_threads
 
 _CHUNK = 1 << 21
 """Numbers of observations encoded at once on a CPU: few enough for the caches, and for memory to be used again."""
@@ -62,6 +64,7 @@ class EfficientZeroPolicy(MaskedPolicy):
     :param network_kwargs: sizes, and ``value_prefix``; see the network class
     :param torch_compile: compile the network's functions
     :param bf16: run them in bfloat16
+    :param cuda_graphs: on a GPU: record the steps of the search once and replay them
     :param features_extractor_class: ``MlpPolicy``: what turns an observation into a vector, as in SB3, such as a
         convolutional network before latent vectors; the default flattens and standardises
     :param features_extractor_kwargs: likewise
@@ -87,6 +90,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         network_kwargs: dict[str, Any] | None = None,
         torch_compile: bool = False,
         bf16: bool = False,
+        cuda_graphs: bool = True,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -107,7 +111,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         self.num_sampled_actions, self.gamma, self.search = num_sampled_actions, gamma, search
         self.support_size, self.value_range = support_size, value_range
         self.network_kwargs = network_kwargs or {}
-        self.torch_compile, self.bf16 = torch_compile, bf16
+        self.torch_compile, self.bf16, self.cuda_graphs = torch_compile, bf16, cuda_graphs
         self.discrete = isinstance(action_space, spaces.Discrete)
         if isinstance(action_space, spaces.Discrete):
             self.action_size = policy_size = slots = int(action_space.n)
@@ -144,6 +148,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         self._count_optimizer_steps()
         self._calls: Calls | None = None
         self._fast: FastNetwork | None = None
+        self._recorded: Recorded | None = None
         self.search_rate = Rate()
 
     @property
@@ -156,7 +161,7 @@ class EfficientZeroPolicy(MaskedPolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         names = (
             *("num_simulations", "max_num_considered_actions", "num_sampled_actions", "gamma", "support_size"),
-            *("value_range", "search", "network_kwargs", "torch_compile", "bf16"),
+            *("value_range", "search", "network_kwargs", "torch_compile", "bf16", "cuda_graphs"),
             *("optimizer_class", "optimizer_kwargs"),
             *("features_extractor_class", "features_extractor_kwargs", "normalize_images"),
         )
@@ -244,7 +249,8 @@ class EfficientZeroPolicy(MaskedPolicy):
         if self.network.horizon:
             parts = embedding if isinstance(embedding, tuple) else (embedding,)
             embedding = (*parts, *start_parts(self.network.reward_head, len(logits)))
-        with _evaluating(self), self.search_rate.measure(len(logits) * self.num_simulations):
+        threads = nullcontext() if fast is None else blas_threads()
+        with _evaluating(self), threads, self.search_rate.measure(len(logits) * self.num_simulations):
             out = gumbel_search(
                 logits, roots.values, embedding, self._recurrent if fast is None else fast.recurrent,
                 num_simulations=self.num_simulations, max_num_considered_actions=self.considered, gamma=self.gamma,
@@ -254,32 +260,31 @@ class EfficientZeroPolicy(MaskedPolicy):
 
     def _recurrent(self, embedding: Any, slots: th.Tensor) -> RecurrentOutput:
         """One step of the network, in torch."""
-        rest: Any
-        latent, *rest = embedding if isinstance(embedding, tuple) else (embedding,)
-        action = self.action_input(slots) if self.discrete else rest.pop(0)[th.arange(len(slots)), slots]
+        parts = embedding if isinstance(embedding, tuple) else (embedding,)
+        if self._recorded is None:
+            self._recorded = Recorded(self._step)
+        numbers, *new = (self._recorded if self.cuda_graphs else self._step)(slots, *parts)
+        found = numbers.detach().cpu().numpy()  # all at once, because each copy waits for the GPU
+        logits = found[:, 2:] if self.discrete else np.zeros((len(found), INNER_ACTIONS), np.float32)
+        return RecurrentOutput(found[:, 0], found[:, 1], logits, tuple(new) if len(new) > 1 else new[0])
+
+    def _step(self, slots: th.Tensor, latent: th.Tensor, *rest: Any) -> tuple[th.Tensor, ...]:
+        """Reward, value and logits ``[B, 2 + A]`` behind an action of each row, and the parts of the new embedding."""
+        action = (
+            self.action_input(slots) if self.discrete else rest[0][th.arange(len(slots), device=slots.device), slots]
+        )
+        rest = rest if self.discrete else rest[1:]
         latent = self.calls.dynamics(latent, action)
         value, policy = self.calls.predict(latent)
         horizon = self.network.horizon
         if horizon:
-            reward, rest = step_parts(self.calls.reward, self.decode, latent, tuple(rest), horizon)
+            reward, rest = step_parts(self.calls.reward, self.decode, latent, rest, horizon)
         else:
             reward = self.decode(self.calls.reward(latent, None)[0])
-        logits, parts = (policy, (latent,)) if self.discrete else self.inner_actions(policy.float(), latent)
-        parts = (*parts, *rest)
-        return RecurrentOutput(reward, self.decode(value), logits, parts if len(parts) > 1 else latent)
-
-    def inner_actions(self, policy: th.Tensor, latent: Any) -> tuple[NDArray[np.float32], tuple[Any, Any]]:
-        """
-        Sampled actions of a node below the root, continuous control.
-
-        :param policy: output of the policy head, ``[B, 2 D]``
-        :param latent: of the node
-        :return: logits of the samples, and the embedding
-        """
-        actions = inner_samples(policy, self.num_sampled_actions)
-        numpy = isinstance(latent, np.ndarray)
-        logits = np.zeros((len(actions), INNER_ACTIONS), np.float32)
-        return logits, (latent, actions.numpy() if numpy else actions)
+        numbers = [reward[:, None], self.decode(value)[:, None]]
+        if self.discrete:
+            return th.cat([*numbers, policy.float()], 1), latent, *rest
+        return th.cat(numbers, 1), latent, inner_samples(policy.float(), self.num_sampled_actions), *rest
 
     def _predict(
         self, observation: PyTorchObs, deterministic: bool = False, invalid: NDArray[np.bool_] | None = None
@@ -314,7 +319,7 @@ class EfficientZeroPolicy(MaskedPolicy):
 
         :param fixed: False does nothing
         """
-        with th.random.fork_rng(enabled=fixed, devices=[]):
+        with th.random.fork_rng(enabled=fixed, devices=[self.device] if self.device.type == "cuda" else []):
             if fixed:
                 th.manual_seed(0)
             yield
@@ -343,7 +348,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         self.optimizer.register_step_post_hook(count)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fast": None, "_calls": None}
+        return {**self.__dict__, "_fast": None, "_calls": None, "_recorded": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

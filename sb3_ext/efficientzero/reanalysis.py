@@ -176,7 +176,7 @@ def _search_missing(
 
 def _observations(policy: EfficientZeroPolicy, batch: SequenceSamples, rows: Any = slice(None)) -> th.Tensor:
     flat = batch.observations.reshape(-1, *batch.observations.shape[2:])
-    return th.from_numpy(flat[rows]).to(policy.device)
+    return th.as_tensor(flat[rows]).to(policy.device)
 
 
 def _invalid(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:

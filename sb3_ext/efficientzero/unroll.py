@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch as th
@@ -18,6 +18,40 @@ if TYPE_CHECKING:
     from sb3_ext.efficientzero.efficientzero import EfficientZeroV2
 
 
+TERMS = ("value_target", "value_loss", "policy_loss", "reward_loss", "consistency_loss", "entropy")
+"""What is looked at when a loss is not finite."""
+
+
+class _Inputs(NamedTuple):
+    """
+    What the loss of a batch depends on besides the parameters, on the model's device.
+
+    :param observations: the first K + 1 of each window
+    :param actions: ``[B, K, action_dim]``
+    :param gained: rewards, or value prefixes, ``[B, K]``
+    :param values: targets, ``[B, K + 1]``
+    :param policy: targets over S actions or samples, ``[B, K + 1, S]``
+    :param best: slot that the search chose, ``[B, K + 1]``
+    :param sampled: continuous control: those samples, ``[B, K + 1, S, D]``; else empty
+    :param policy_mask: see :func:`~sb3_ext.efficientzero.targets.masks`, as are the next two
+    :param value_mask: ``[B, K + 1]``
+    :param reward_mask: ``[B, K]``
+    :param inside: transitions of the episode, ``[B, K]``
+    """
+
+    observations: th.Tensor
+    actions: th.Tensor
+    gained: th.Tensor
+    values: th.Tensor
+    policy: th.Tensor
+    best: th.Tensor
+    sampled: th.Tensor
+    policy_mask: th.Tensor
+    value_mask: th.Tensor
+    reward_mask: th.Tensor
+    inside: th.Tensor
+
+
 def unrolled_loss(model: EfficientZeroV2, batch: SequenceSamples, targets: Targets) -> LossOutput:
     """
     Losses of reward, value, policy and latent state over K steps of the model (Wang et al., 2024,
@@ -29,76 +63,97 @@ def unrolled_loss(model: EfficientZeroV2, batch: SequenceSamples, targets: Targe
     :return: loss and error of the value at the first place, ``[B]``, and metrics
     :raises FloatingPointError: if a term is not finite, on a CPU; names it
     """
-    calls, head, steps, device = model.policy.calls, model.policy.network, model.unroll_steps, model.device
-    policy_mask, value_mask, reward_mask = (
-        th.from_numpy(mask).to(device) for mask in masks(batch.lengths, batch.terminated, steps)
-    )
-    inside = th.from_numpy((np.arange(steps) < batch.lengths[:, None]).astype(np.float32)).to(device)
-    observations = th.from_numpy(batch.observations[:, : steps + 1]).to(device)
-    actions = th.from_numpy(batch.actions[:, :steps]).to(device)
-    gained = batch.rewards[:, :steps]
-    gained = value_prefixes(gained, head.horizon) if head.horizon else gained
-    rewards = model.policy.encode(th.from_numpy(gained).to(device))
-    values = model.policy.encode(targets.values)
-
-    latent = calls.represent(model.augment(observations[:, 0]))
-    if model.consistency_coef:
-        with th.no_grad():
-            goals = [calls.projector(calls.represent(model.augment(observations[:, k + 1]))) for k in range(steps)]
-    value_logits, policy = calls.predict(latent)
-    first_value = model.policy.decode(value_logits.detach())
-    zero = th.zeros(len(latent), device=device)
-    terms = {
-        "value_loss": cross_entropy(value_logits, values[:, 0]) * value_mask[:, 0],
-        "policy_loss": _policy_loss(policy, targets, 0) * policy_mask[:, 0],
-        "reward_loss": zero, "consistency_loss": zero, "entropy": _entropy(policy, model.policy.discrete),
-    }  # fmt: skip
-    memory = head.start(len(latent))
-    for k in range(steps):
-        latent = calls.dynamics(latent, model.policy.action_input(actions[:, k]))
-        if head.horizon and k and k % head.horizon == 0:
-            memory = head.start(len(latent))
-        reward_logits, memory = calls.reward(latent, memory)
-        terms["reward_loss"] = terms["reward_loss"] + cross_entropy(reward_logits, rewards[:, k]) * reward_mask[:, k]
-        if model.consistency_coef:
-            similar = negative_cosine(calls.predictor(calls.projector(latent)), goals[k])
-            terms["consistency_loss"] = terms["consistency_loss"] + similar * inside[:, k]
-        value_logits, policy = calls.predict(latent)
-        terms["value_loss"] = terms["value_loss"] + cross_entropy(value_logits, values[:, k + 1]) * value_mask[:, k + 1]
-        terms["policy_loss"] = terms["policy_loss"] + _policy_loss(policy, targets, k + 1) * policy_mask[:, k + 1]
-        terms["entropy"] = terms["entropy"] + _entropy(policy, model.policy.discrete) * policy_mask[:, k + 1]
-        latent.register_hook(lambda grad: grad * 0.5)
-    loss = (
-        model.value_coef * terms["value_loss"]
-        + model.policy_coef * terms["policy_loss"]
-        + model.reward_coef * terms["reward_loss"]
-        + model.consistency_coef * terms["consistency_loss"]
-    ) / steps
-    if model.ent_coef:
-        loss = loss - model.ent_coef * terms["entropy"] / steps
-    td_error = targets.values[:, 0] - first_value
-    if loss.device.type == "cpu" and not th.isfinite(loss + td_error).all():
-        known = {"value_target": targets.values, **terms}
-        bad = [name for name, term in known.items() if not th.isfinite(term).all()]
+    inputs = _inputs(model, batch, targets)
+    output = model.recorded_loss(*inputs) if model.cuda_graphs else unroll(model, *inputs)
+    if output.loss.device.type == "cpu" and not th.isfinite(output.loss + output.td_error).all():
+        terms = {"value_target": targets.values, **output.metrics}
+        bad = [name for name in TERMS if not th.isfinite(terms[name]).all()]
         raise FloatingPointError(
             f"{' and '.join(bad)} of update {model._n_updates} is not finite. Check the rewards' scale, or lower "
             "the learning rate; checkpoints written before this update are intact."
         )
-    metrics = {name: term.mean() / steps for name, term in terms.items()}
-    metrics["value_error"] = td_error.abs().mean()
-    metrics["value_mean"] = first_value.mean()
-    metrics["search_depth"] = zero[0] + targets.depth
+    output.metrics["search_depth"] = output.td_error.new_full((), targets.depth)
+    return output
+
+
+def _inputs(model: EfficientZeroV2, batch: SequenceSamples, targets: Targets) -> _Inputs:
+    steps, device, head = model.unroll_steps, model.device, model.policy.network
+    gained = batch.rewards[:, :steps]
+    policy_mask, value_mask, reward_mask = masks(batch.lengths, batch.terminated, steps)
+    return _Inputs(
+        th.as_tensor(batch.observations[:, : steps + 1]).to(device),
+        th.from_numpy(batch.actions[:, :steps]).to(device),
+        th.from_numpy(value_prefixes(gained, head.horizon) if head.horizon else gained).to(device),
+        targets.values,
+        targets.policy,
+        targets.best,
+        th.empty(0, device=device) if targets.actions is None else targets.actions,
+        th.from_numpy(policy_mask).to(device),
+        th.from_numpy(value_mask).to(device),
+        th.from_numpy(reward_mask).to(device),
+        th.from_numpy((np.arange(steps) < batch.lengths[:, None]).astype(np.float32)).to(device),
+    )
+
+
+def unroll(model: EfficientZeroV2, *tensors: th.Tensor) -> LossOutput:
+    """
+    The loss itself: tensors in, tensors out, and nothing that a CUDA graph could not record.
+
+    :param model: gives networks and coefficients
+    :param tensors: the inputs
+    :return: loss and error of the value at the first place, ``[B]``, and metrics
+    """
+    x = _Inputs(*tensors)
+    calls, head, steps, discrete = model.policy.calls, model.policy.network, model.unroll_steps, model.policy.discrete
+    rewards, values = model.policy.encode(x.gained), model.policy.encode(x.values)
+    latent = calls.represent(model.augment(x.observations[:, 0]))
+    if model.consistency_coef:
+        with th.no_grad():
+            goals = [calls.projector(calls.represent(model.augment(x.observations[:, k + 1]))) for k in range(steps)]
+    value_logits, policy = calls.predict(latent)
+    first_value = model.policy.decode(value_logits.detach())
+    value_loss = cross_entropy(value_logits, values[:, 0]) * x.value_mask[:, 0]
+    policy_loss = _policy_loss(policy, x, 0) * x.policy_mask[:, 0]
+    entropy = _entropy(policy, discrete)
+    reward_loss = consistency_loss = th.zeros_like(value_loss)
+    memory = head.start(len(latent))
+    for k in range(steps):
+        latent = calls.dynamics(latent, model.policy.action_input(x.actions[:, k]))
+        if head.horizon and k and k % head.horizon == 0:
+            memory = head.start(len(latent))
+        reward_logits, memory = calls.reward(latent, memory)
+        reward_loss = reward_loss + cross_entropy(reward_logits, rewards[:, k]) * x.reward_mask[:, k]
+        if model.consistency_coef:
+            similar = negative_cosine(calls.predictor(calls.projector(latent)), goals[k])
+            consistency_loss = consistency_loss + similar * x.inside[:, k]
+        value_logits, policy = calls.predict(latent)
+        value_loss = value_loss + cross_entropy(value_logits, values[:, k + 1]) * x.value_mask[:, k + 1]
+        policy_loss = policy_loss + _policy_loss(policy, x, k + 1) * x.policy_mask[:, k + 1]
+        entropy = entropy + _entropy(policy, discrete) * x.policy_mask[:, k + 1]
+        latent.register_hook(lambda grad: grad * 0.5)
+    loss = (
+        model.value_coef * value_loss
+        + model.policy_coef * policy_loss
+        + model.reward_coef * reward_loss
+        + model.consistency_coef * consistency_loss
+    ) / steps
+    if model.ent_coef:
+        loss = loss - model.ent_coef * entropy / steps
+    td_error = x.values[:, 0] - first_value
+    terms = (value_loss, policy_loss, reward_loss, consistency_loss, entropy)
+    metrics = {name: term.detach().mean() / steps for name, term in zip(TERMS[1:], terms, strict=True)}
+    metrics |= {"value_error": td_error.abs().mean(), "value_mean": first_value.mean()}
     return LossOutput(loss, td_error, metrics)
 
 
-def _policy_loss(policy: th.Tensor, targets: Targets, place: int) -> th.Tensor:
+def _policy_loss(policy: th.Tensor, x: _Inputs, place: int) -> th.Tensor:
     """Cross entropy to the improved policy; with several action dimensions, only of the chosen sample."""
-    if targets.actions is None:
-        return cross_entropy(policy, targets.policy[:, place])
-    samples = targets.actions[:, place]
+    if not x.sampled.numel():
+        return cross_entropy(policy, x.policy[:, place])
+    samples = x.sampled[:, place]
     if samples.shape[-1] == 1:
-        return -(targets.policy[:, place] * log_prob(policy, samples)).sum(1)
-    best = samples[th.arange(len(samples)), targets.best[:, place]]
+        return -(x.policy[:, place] * log_prob(policy, samples)).sum(1)
+    best = samples[th.arange(len(samples), device=samples.device), x.best[:, place]]
     return -log_prob(policy, best[:, None]).squeeze(1)
 
 

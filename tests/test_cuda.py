@@ -1,0 +1,240 @@
+"""Recorded kernels and frames on the device; what needs a GPU is skipped where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import minari
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ext import BC, CQL, EfficientZeroV2
+from sb3_ext.common.graphs import Recorded, RecordedLoss
+from sb3_ext.common.sequences import SequenceReplayBuffer
+from sb3_ext.common.training import LossOutput
+from sb3_ext.data import StackFrames, make_atari_env
+from sb3_ext.efficientzero.fast_network import Roots
+
+needs_gpu = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+
+TINY = {"network_kwargs": {"channels": 8, "head_channels": 4, "head_size": 8, "projection_size": 16, "prefix_size": 8}}
+
+
+def breakout_env(n_envs: int = 2) -> VecEnv:
+    return make_vec_env(lambda: StackFrames(make_atari_env("Breakout"), 4), n_envs, seed=0)
+
+
+def image_model(**kwargs: Any) -> EfficientZeroV2:
+    network = {**TINY["network_kwargs"], "value_prefix": kwargs.pop("value_prefix", True)}
+    arguments: dict[str, Any] = {
+        "learning_starts": 40, "batch_size": 8, "num_simulations": 4, "buffer_size": 500, "seed": 0,
+        "optimize_memory_usage": True, "policy_kwargs": {"network_kwargs": network}, "device": "cuda",
+        "gradient_steps": 0, **kwargs,
+    }  # fmt: skip
+    return EfficientZeroV2("CnnPolicy", breakout_env(), **arguments)
+
+
+def randomize(policy: Any) -> None:
+    """Heads begin at zero, where everything is equal."""
+    th.manual_seed(1)
+    with th.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.05 * th.randn_like(parameter))
+
+
+# --- frames on the device
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("capacity", [60, 200])
+def test_windows_on_the_device_equal_those_of_the_store(device: str, capacity: int) -> None:
+    rng = np.random.default_rng(0)
+    space, actions = spaces.Box(0, 255, (4, 6, 5), np.uint8), spaces.Discrete(3)
+    buffer = SequenceReplayBuffer(
+        capacity, space, actions, device, n_envs=2, optimize_memory_usage=True, length=5, frames_on_device=True
+    )
+    observation = np.zeros((2, 4, 6, 5), np.uint8)
+    for step in range(150):  # the smaller ring begins anew several times
+        frame = rng.integers(256, size=(2, 1, 6, 5)).astype(np.uint8)
+        following = np.concatenate([observation[:, 1:], frame], axis=1)
+        dones = rng.random(2) < 0.1
+        buffer.add(observation, following, np.zeros((2, 1)), np.zeros(2), dones, [{}, {}])
+        observation = np.where(dones[:, None, None, None], np.uint8(step), following)
+        if step % 40 == 30:  # also between the steps, so that the copy grows in parts
+            indices, weights = buffer.sample(20).indices, np.ones(20, np.float32)
+            found = buffer.windows(indices, weights).observations
+            assert isinstance(found, th.Tensor)
+            assert found.device.type == device
+            buffer.frames_on_device = False
+            np.testing.assert_array_equal(found.cpu().numpy(), buffer.windows(indices, weights).observations)
+            buffer.frames_on_device = True
+
+
+# --- without a GPU nothing is recorded
+
+
+def test_functions_run_as_they_are_on_a_cpu() -> None:
+    function = Recorded(lambda x: (x + 1,))
+    for k in range(5):
+        assert function(th.tensor([float(k)]))[0].item() == k + 1
+
+
+# --- on a GPU
+
+
+@needs_gpu
+@pytest.mark.parametrize("value_prefix", [True, False])
+def test_recorded_search_equals_the_eager_one(value_prefix: bool) -> None:
+    model = image_model(value_prefix=value_prefix)
+    policy = model.policy
+    randomize(policy)
+    th.manual_seed(0)
+    for batch in (16, 2, 16):
+        observations = th.randint(256, (batch, 4, 84, 84), dtype=th.uint8, device="cuda")
+        roots = policy.roots(observations)
+        policy.cuda_graphs = False
+        wanted = policy.plan(roots, noise=False)[0]
+        policy.cuda_graphs = True
+        for _ in range(3):
+            found = policy.plan(roots, noise=False)[0]
+        np.testing.assert_allclose(found.root_values, wanted.root_values, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(found.improved_policy, wanted.improved_policy, rtol=1e-2, atol=1e-3)
+    assert policy._recorded is not None
+    assert len(policy._recorded._recordings) == 2
+
+
+@needs_gpu
+def test_recorded_search_follows_the_parameters() -> None:
+    policy = image_model().policy
+    randomize(policy)
+    observations = th.randint(256, (16, 4, 84, 84), dtype=th.uint8, device="cuda")
+    for _ in range(3):
+        before = policy.plan(policy.roots(observations), noise=False)[0].root_values
+    latent = policy.roots(observations).latent
+    randomize(policy)
+    roots = Roots(latent, *policy.roots(observations)[1:])
+    after = policy.plan(roots, noise=False)[0].root_values
+    policy.cuda_graphs = False
+    np.testing.assert_allclose(after, policy.plan(roots, noise=False)[0].root_values, rtol=1e-3, atol=1e-3)
+    assert np.abs(after - before).max() > 1e-3
+
+
+@needs_gpu
+@pytest.mark.parametrize("bf16", [False, True])
+def test_recorded_loss_equals_the_eager_one(bf16: bool) -> None:
+    """Loss, gradients and running means; shifts are off, because they are drawn anew."""
+    model = image_model(image_shift=0, bf16=bf16)
+    model.learn(100)
+    model.policy.set_training_mode(True)
+    randomize(model.policy)
+    batch = model.replay_buffer.sample(8)
+    targets = model.reanalyze(batch)
+    model.reanalyze = lambda batch: targets  # type: ignore[method-assign]
+    state = {name: x.clone() for name, x in model.policy.state_dict().items()}
+
+    def run() -> tuple[Any, list[th.Tensor], dict[str, th.Tensor]]:
+        model.policy.load_state_dict(state)
+        model.policy.optimizer.zero_grad()
+        out = model.compute_loss(batch)
+        out.loss.mean().backward()
+        gradients = [p.grad.clone() for p in model.policy.parameters() if p.grad is not None]
+        return out, gradients, {name: x.clone() for name, x in model.policy.state_dict().items()}
+
+    model.cuda_graphs = False
+    wanted, gradients, after = run()
+    model.cuda_graphs = True
+    for _ in range(4):
+        found, ours, buffers = run()
+    assert model.recorded_loss._recordings
+    tolerance = {"rtol": 5e-2, "atol": 5e-3} if bf16 else {"rtol": 5e-3, "atol": 1e-4}
+    th.testing.assert_close(found.loss, wanted.loss, **tolerance)
+    th.testing.assert_close(found.td_error, wanted.td_error, **tolerance)
+    assert found.metrics.keys() == wanted.metrics.keys()
+    largest = max(g.abs().max().item() for g in gradients)
+    for one, other in zip(ours, gradients, strict=True):
+        assert (one - other).abs().max().item() < (0.1 if bf16 else 1e-2) * largest
+    for name, value in after.items():
+        th.testing.assert_close(buffers[name], value, **tolerance, msg=name)
+
+
+@needs_gpu
+def test_recorded_shifts_are_drawn_anew() -> None:
+    model = image_model()
+    model.learn(100)
+    model.policy.set_training_mode(True)
+    randomize(model.policy)
+    batch = model.replay_buffer.sample(8)
+    targets = model.reanalyze(batch)
+    model.reanalyze = lambda batch: targets  # type: ignore[method-assign]
+    losses = [model.compute_loss(batch).loss.mean().item() for _ in range(8)]
+    assert len(set(losses[3:])) == 5
+
+
+@needs_gpu
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_learns_saves_and_goes_on(env: str, tmp_path: Path) -> None:
+    model = EfficientZeroV2("MlpPolicy", env, learning_starts=20, batch_size=16, num_simulations=4, seed=0,
+                            device="cuda").learn(60)  # fmt: skip
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = EfficientZeroV2.load(tmp_path / "model", make_vec_env(env), device="cuda")
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    loaded.learn(20, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 80
+    on_cpu = EfficientZeroV2.load(tmp_path / "model", device="cpu")
+    observation = np.zeros((1, *on_cpu.observation_space.shape), np.float32)
+    ours, theirs = (m.policy.roots(th.as_tensor(observation, device=m.device)) for m in (on_cpu, model))
+    np.testing.assert_allclose(np.asarray(ours.policy), theirs.policy.cpu().numpy(), rtol=1e-2, atol=1e-3)
+
+
+@needs_gpu
+def test_images_learn_with_frames_on_the_device(tmp_path: Path) -> None:
+    model = image_model(gradient_steps=-1, bf16=True).learn(80)
+    assert model.recorded_loss._recordings
+    model.save_replay_buffer(tmp_path / "buffer")
+    model.load_replay_buffer(tmp_path / "buffer")
+    model.learn(20, reset_num_timesteps=False)
+    assert all(th.isfinite(p).all() for p in model.policy.parameters())
+
+
+@needs_gpu
+@pytest.mark.parametrize("algo", [CQL, BC])
+def test_recorded_offline_learning_equals_the_eager_one(algo: Any, breakout: minari.MinariDataset) -> None:
+    found = []
+    for cuda_graphs in (True, False):
+        model = algo("CnnPolicy", breakout, seed=0, device="cuda", batch_size=8, cuda_graphs=cuda_graphs).learn(30)
+        assert bool(model._recorded_loss._recordings) == cuda_graphs
+        found.append([p.detach().clone() for p in model.policy.parameters()])
+    for one, other in zip(*found, strict=True):
+        th.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+
+
+@needs_gpu
+def test_a_recorded_loss_has_gradients_and_metrics() -> None:
+    network = th.nn.Linear(2, 1, device="cuda")
+    x = th.ones(4, 2, device="cuda")
+    recorded = RecordedLoss(network, lambda x: LossOutput(network(x)[:, 0], x[:, 0], {"mean": network(x).mean()}))
+    for _ in range(5):
+        out = recorded(x)
+        network.zero_grad()
+        out.loss.sum().backward()
+    assert recorded._recordings
+    assert network.weight.grad.tolist() == [[4, 4]]
+    assert out.metrics["mean"].item() == pytest.approx(network(x).mean().item())
+
+
+@needs_gpu
+def test_every_learn_records_the_coefficients_of_then(breakout: minari.MinariDataset) -> None:
+    model = CQL("CnnPolicy", breakout, seed=0, device="cuda", batch_size=8).learn(10)
+    batch = model.replay_buffer.sample(8)
+    before = model._loss(batch).loss.clone()
+    model.cql_alpha = 0.0
+    th.testing.assert_close(model._loss(batch).loss, before)  # within one learn() they are recorded
+    model.learn(10, reset_num_timesteps=False)
+    assert (model._loss(batch).loss - model.compute_loss(batch).loss).abs().max().item() < 1e-3

@@ -13,12 +13,17 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ext import BC, CQL, EfficientZeroV2
-from sb3_ext.common.graphs import Recorded, RecordedLoss
+from sb3_ext import BC, CQL, EfficientZeroV2, load_minari
+from sb3_ext.common.graphs import RecordedLoss
 from sb3_ext.common.sequences import SequenceReplayBuffer
 from sb3_ext.common.training import LossOutput
 from sb3_ext.data import StackFrames, make_atari_env
+from sb3_ext.efficientzero.device_search import DeviceSteps, padded
 from sb3_ext.efficientzero.fast_network import Roots
+from sb3_ext.efficientzero.gaussian import root_samples
+from sb3_ext.efficientzero.policies import CnnPolicy
+from sb3_ext.efficientzero.prefix import start_parts
+from sb3_ext.efficientzero.search import gumbel_search
 
 needs_gpu = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
@@ -76,13 +81,59 @@ def test_windows_on_the_device_equal_those_of_the_store(device: str, capacity: i
             buffer.frames_on_device = True
 
 
-# --- without a GPU nothing is recorded
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_batches_of_frames_on_the_device_equal_those_in_ram(
+    device: str, n_steps: int, breakout: minari.MinariDataset
+) -> None:
+    buffers = [
+        load_minari(breakout, storage=storage, device=device, seed=0, n_steps=n_steps) for storage in ("device", "ram")
+    ]
+    assert buffers[0].frames.take(np.arange(3)).device.type == device
+    for _ in range(5):  # with stacks from before the first frame of an episode among them
+        for ours, theirs in zip(*(buffer.sample(200) for buffer in buffers), strict=True):
+            if theirs is not None:
+                th.testing.assert_close(ours, theirs)
 
 
-def test_functions_run_as_they_are_on_a_cpu() -> None:
-    function = Recorded(lambda x: (x + 1,))
-    for k in range(5):
-        assert function(th.tensor([float(k)]))[0].item() == k + 1
+# --- searches that see row numbers only
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("actions", [spaces.Discrete(5), spaces.Box(-1, 1, (2,))])
+@pytest.mark.parametrize("value_prefix", [False, True])
+def test_row_numbers_stand_for_latent_states(device: str, actions: spaces.Space[Any], value_prefix: bool) -> None:
+    policy = CnnPolicy(
+        spaces.Box(0, 255, (4, 12, 12), np.uint8), actions, lambda _: 1e-3, num_sampled_actions=5,
+        network_kwargs={**TINY["network_kwargs"], "value_prefix": value_prefix},
+    ).to(device)  # fmt: skip
+    randomize(policy)
+    policy.set_training_mode(False)
+    roots = 11 if policy.discrete else 16  # for fewer than 16, others samples would be drawn
+    latent, values, logits = policy.roots(th.randint(256, (roots, 4, 12, 12), dtype=th.uint8, device=device))
+    parts: tuple[th.Tensor, ...] = (latent,)
+    if not policy.discrete:
+        parts, logits = (latent, root_samples(logits, 5, noise=True)), th.zeros(roots, 5)
+    if value_prefix:
+        parts = (*parts, *start_parts(policy.network.reward_head, roots))
+    steps = DeviceSteps(policy._step, padded(roots), 12, parts)
+    found = []
+    for _ in range(2):  # the second search must not see the first one's states
+        for embedding, recurrent in ((parts if len(parts) > 1 else parts[0], policy._recurrent), (None, steps)):
+            th.manual_seed(0)
+            start = steps.start(parts) if embedding is None else embedding
+            search: dict[str, Any] = {"num_simulations": 12, "max_num_considered_actions": 4, "gamma": 0.9}
+            found.append(gumbel_search(logits, values, start, recurrent, **search))
+    wanted = found[0]
+    for out in found[1:]:
+        np.testing.assert_allclose(out.root_values, wanted.root_values, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(out.improved_policy, wanted.improved_policy, rtol=1e-2, atol=1e-4)
+        np.testing.assert_array_equal(out.visits.sum(1), 12)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (2, 2), (3, 4), (200, 256), (256, 256), (257, 512), (1536, 1536)])
+def test_few_sizes_serve_all(rows: int, size: int) -> None:
+    assert padded(rows) == size
 
 
 # --- on a GPU
@@ -95,7 +146,7 @@ def test_recorded_search_equals_the_eager_one(value_prefix: bool) -> None:
     policy = model.policy
     randomize(policy)
     th.manual_seed(0)
-    for batch in (16, 2, 16):
+    for batch in (16, 2, 11):  # eleven roots take the places of sixteen
         observations = th.randint(256, (batch, 4, 84, 84), dtype=th.uint8, device="cuda")
         roots = policy.roots(observations)
         policy.cuda_graphs = False
@@ -105,8 +156,7 @@ def test_recorded_search_equals_the_eager_one(value_prefix: bool) -> None:
             found = policy.plan(roots, noise=False)[0]
         np.testing.assert_allclose(found.root_values, wanted.root_values, rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(found.improved_policy, wanted.improved_policy, rtol=1e-2, atol=1e-3)
-    assert policy._recorded is not None
-    assert len(policy._recorded._recordings) == 2
+    assert set(policy._device_steps) == {(16, 4), (2, 4)}
 
 
 @needs_gpu
@@ -151,7 +201,7 @@ def test_recorded_loss_equals_the_eager_one(bf16: bool) -> None:
     model.cuda_graphs = True
     for _ in range(4):
         found, ours, buffers = run()
-    assert model.recorded_loss._recordings
+    assert model.recorded_loss.recordings
     tolerance = {"rtol": 5e-2, "atol": 5e-3} if bf16 else {"rtol": 5e-3, "atol": 1e-4}
     th.testing.assert_close(found.loss, wanted.loss, **tolerance)
     th.testing.assert_close(found.td_error, wanted.td_error, **tolerance)
@@ -196,7 +246,7 @@ def test_learns_saves_and_goes_on(env: str, tmp_path: Path) -> None:
 @needs_gpu
 def test_images_learn_with_frames_on_the_device(tmp_path: Path) -> None:
     model = image_model(gradient_steps=-1, bf16=True).learn(80)
-    assert model.recorded_loss._recordings
+    assert model.recorded_loss.recordings
     model.save_replay_buffer(tmp_path / "buffer")
     model.load_replay_buffer(tmp_path / "buffer")
     model.learn(20, reset_num_timesteps=False)
@@ -209,7 +259,7 @@ def test_recorded_offline_learning_equals_the_eager_one(algo: Any, breakout: min
     found = []
     for cuda_graphs in (True, False):
         model = algo("CnnPolicy", breakout, seed=0, device="cuda", batch_size=8, cuda_graphs=cuda_graphs).learn(30)
-        assert bool(model._recorded_loss._recordings) == cuda_graphs
+        assert bool(model._recorded_loss.recordings) == cuda_graphs
         found.append([p.detach().clone() for p in model.policy.parameters()])
     for one, other in zip(*found, strict=True):
         th.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
@@ -220,11 +270,13 @@ def test_a_recorded_loss_has_gradients_and_metrics() -> None:
     network = th.nn.Linear(2, 1, device="cuda")
     x = th.ones(4, 2, device="cuda")
     recorded = RecordedLoss(network, lambda x: LossOutput(network(x)[:, 0], x[:, 0], {"mean": network(x).mean()}))
+    kept = []
     for _ in range(5):
         out = recorded(x)
+        kept.append(out)  # an old graph that is alive must not matter
         network.zero_grad()
         out.loss.sum().backward()
-    assert recorded._recordings
+    assert recorded.recordings
     assert network.weight.grad.tolist() == [[4, 4]]
     assert out.metrics["mean"].item() == pytest.approx(network(x).mean().item())
 

@@ -41,12 +41,14 @@ def to_device(arrays: Any, device: th.device) -> Any:
     """
     Make tensors of arrays, without a copy on a CPU.
 
-    :param arrays: an array, or a dictionary of arrays
+    :param arrays: an array, or a dictionary of arrays; a tensor is left as it is
     :param device: where the tensors go
     :return: a tensor, or a dictionary of tensors
     """
     if isinstance(arrays, dict):
         return {key: to_device(array, device) for key, array in arrays.items()}
+    if isinstance(arrays, th.Tensor):
+        return arrays
     if device.type == "cpu":
         return th.from_numpy(arrays)
     return th.from_numpy(np.ascontiguousarray(arrays)).to(device, non_blocking=True)
@@ -181,13 +183,18 @@ class OfflineReplayBuffer(ReplayBuffer):
                 self.frames, last, self._age[last].astype(np.int64), self.frame_stack, self.pad_with_zeros
             )[1]
         return ReplayBufferSamples(
-            observations=to_device(self._normalize_obs(observations, env), self.device),
+            observations=to_device(self._normalized(observations, env), self.device),
             actions=to_device(self.actions[rows].astype(np.int64).reshape(-1, 1), self.device),
-            next_observations=to_device(self._normalize_obs(next_observations, env), self.device),
+            next_observations=to_device(self._normalized(next_observations, env), self.device),
             dones=to_device(self.terminated[last].astype(np.float32).reshape(-1, 1), self.device),
             rewards=to_device(self._normalize_reward(rewards.astype(np.float32).reshape(-1, 1), env), self.device),
             discounts=discounts,
         )
+
+    def _normalized(self, observations: Any, env: VecNormalize | None) -> Any:
+        if env is not None and isinstance(observations, th.Tensor):
+            observations = observations.cpu().numpy()
+        return self._normalize_obs(observations, env)
 
     def _n_step(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], th.Tensor]:
         """Last row, summed reward and discount of the n-step return; the sum stops with the episode."""

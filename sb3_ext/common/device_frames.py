@@ -1,4 +1,4 @@
-"""The frames of a replay buffer on a GPU, so that a batch of image stacks never crosses the bus."""
+"""The frames of a replay buffer or a dataset on a GPU, so that a batch of image stacks never crosses the bus."""
 
 from __future__ import annotations
 
@@ -6,7 +6,35 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
+from sb3_ext.common.frames import FrameStore
 from sb3_ext.common.stores import RingStore
+
+_CHUNK = 4096
+"""Frames copied at once."""
+
+
+class TensorFrames:
+    """
+    All frames of a dataset on a device; a :class:`~sb3_ext.common.frames.FrameStore` that gives tensors.
+
+    :param frames: the frames
+    :param device: where the copy lies
+    """
+
+    def __init__(self, frames: FrameStore, device: th.device) -> None:
+        self.shape, self.dtype = frames.shape, frames.dtype
+        dtype = _torch_dtype(np.empty(0, frames.dtype))
+        self._frames = th.empty((len(frames), *frames.shape), dtype=dtype, device=device)
+        for start in range(0, len(frames), _CHUNK):
+            rows = np.arange(start, min(start + _CHUNK, len(frames)))
+            self._frames[start : start + len(rows)] = th.from_numpy(frames.take(rows))
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def take(self, rows: NDArray[np.int64]) -> th.Tensor:
+        """See :meth:`~sb3_ext.common.frames.FrameStore.take`."""
+        return self._frames[th.from_numpy(rows).to(self._frames.device)]
 
 
 class DeviceFrames:

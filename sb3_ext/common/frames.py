@@ -22,12 +22,12 @@ class FrameStore(Protocol):
         """Return the number of frames."""
         ...
 
-    def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+    def take(self, rows: NDArray[np.int64]) -> Any:
         """
         Copy frames out of the store.
 
         :param rows: row numbers, any shape ``[...]``
-        :return: frames, ``[..., *shape]``
+        :return: frames, ``[..., *shape]``, an array; a tensor if they lie on a GPU
         """
         ...
 
@@ -214,7 +214,7 @@ def stack_rows(
 
 def gather_stacks(
     store: FrameStore, rows: NDArray[np.int64], age: NDArray[np.int64], frame_stack: int, pad_with_zeros: bool
-) -> tuple[NDArray[Any], NDArray[Any]]:
+) -> tuple[Any, Any]:
     """
     Observation and next observation of transitions stored as single frames.
 
@@ -223,12 +223,16 @@ def gather_stacks(
     :param age: steps since the episode began at these rows, ``[B]``
     :param frame_stack: frames per stack, k
     :param pad_with_zeros: before the episode start: zeros (True) or the first frame again (False)
-    :return: ``observations, next_observations``, each ``[B, k * C, ...]`` for frames of shape ``[C, ...]``
+    :return: ``observations, next_observations``, each ``[B, k * C, ...]`` for frames of shape ``[C, ...]``; arrays, or
+        tensors if the store gives those
     """
     index, missing = stack_rows(rows, age, frame_stack)
     frames = store.take(index)
     if pad_with_zeros and missing.any():
-        frames[missing] = 0
+        if isinstance(frames, np.ndarray):
+            frames[missing] = 0
+        else:  # a tensor: indexing with a mask would wait for the GPU
+            frames.masked_fill_(frames.new_tensor(missing.reshape(*missing.shape, *(1 for _ in store.shape))).bool(), 0)
     channels = store.shape[0]
     merged = frames.reshape(len(rows), (frame_stack + 1) * channels, *store.shape[1:])
     return merged[:, :-channels], merged[:, channels:]

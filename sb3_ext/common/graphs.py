@@ -4,69 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch as th
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from sb3_ext.common.training import LossOutput
 
 Tensors = tuple[th.Tensor, ...]
-Key = tuple[Any, ...]
 
 _SEEN = 2
-"""Calls with the same shapes before they are recorded: what comes once is not worth it."""
+"""Calls with the same shapes before they are recorded: libraries choose their kernels in the first ones."""
 
 _MOST = 8
 """Recordings kept; shapes beyond that run as they are."""
-
-
-class _Recording(NamedTuple):
-    graph: th.cuda.CUDAGraph
-    inputs: Tensors
-    outputs: Tensors
-
-
-def _key(tensors: Tensors) -> Key:
-    return tuple((tuple(x.shape), x.dtype) for x in tensors)
-
-
-class Recorded:
-    """
-    A function of tensors that is recorded as a CUDA graph for each shape of its arguments, without gradients.
-
-    Results lie in memory that the next call writes to again. Parameters may change in place between the calls.
-
-    :param function: tensors -> tuple of tensors; nothing in it may depend on values on the CPU
-    """
-
-    def __init__(self, function: Callable[..., Tensors]) -> None:
-        self._function = function
-        self._recordings: dict[Key, _Recording] = {}
-        self._seen: Counter[Key] = Counter()
-
-    def __call__(self, *args: th.Tensor) -> Tensors:
-        """Replay, record, or run the function as it is."""
-        key = _key(args)
-        recording = self._recordings.get(key)
-        if recording is None:
-            self._seen[key] += 1
-            if not args[0].is_cuda or self._seen[key] <= _SEEN or len(self._recordings) == _MOST:
-                return self._function(*args)
-            recording = self._recordings[key] = self._record(args)
-        for static, new in zip(recording.inputs, args, strict=True):
-            static.copy_(new)
-        recording.graph.replay()
-        return recording.outputs
-
-    @th.no_grad()
-    def _record(self, args: Tensors) -> _Recording:
-        inputs = tuple(x.clone() for x in args)
-        th.cuda.synchronize()
-        graph = th.cuda.CUDAGraph()
-        with th.cuda.graph(graph):
-            outputs = self._function(*inputs)
-        return _Recording(graph, inputs, outputs)
 
 
 class _Loss(nn.Module):
@@ -75,50 +28,92 @@ class _Loss(nn.Module):
     def __init__(self, network: nn.Module, function: Callable[..., LossOutput]) -> None:
         super().__init__()
         self.network, self._function = network, function
+        self.names: tuple[str, ...] = ()
 
     def forward(self, *inputs: th.Tensor) -> Tensors:
         output = self._function(*inputs)
+        self.names = tuple(output.metrics)
         return output.loss, output.td_error.detach(), *(x.detach() for x in output.metrics.values())
+
+
+class _Recording:
+    """
+    Forward and backward pass of a loss as two graphs.
+
+    Autograd ties a parameter's gradient to the stream of the first pass that it saw, which must not be the one that is
+    recorded: so other tensors that share the parameters' memory stand in for them.
+    """
+
+    def __init__(self, loss: _Loss, parameters: dict[str, nn.Parameter], args: Tensors) -> None:
+        self.inputs = tuple(x.clone() for x in args)
+        stand_ins = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        self._forward, self._backward = th.cuda.CUDAGraph(), th.cuda.CUDAGraph()
+        th.cuda.synchronize()
+        with th.cuda.graph(self._forward):
+            outputs = functional_call(loss, stand_ins, self.inputs)
+        self._grad = th.empty_like(outputs[0])
+        with th.cuda.graph(self._backward, pool=self._forward.pool()):
+            self._gradients = th.autograd.grad(outputs[0], list(stand_ins.values()), self._grad, allow_unused=True)
+        self._outputs = tuple(x.detach() for x in outputs)
+
+    def forward(self, args: Tensors) -> Tensors:
+        for static, new in zip(self.inputs, args, strict=True):
+            static.copy_(new)
+        self._forward.replay()
+        return tuple(x.detach() for x in self._outputs)
+
+    def backward(self, grad: th.Tensor) -> tuple[th.Tensor | None, ...]:
+        self._grad.copy_(grad)
+        self._backward.replay()
+        return tuple(None if x is None else x.detach() for x in self._gradients)
+
+
+class _Replay(th.autograd.Function):
+    """A recording as a step of autograd: its arguments are those of the loss, and then the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: _Recording, *tensors: th.Tensor) -> Tensors:
+        ctx.recording = recording
+        outputs = recording.forward(tensors[: len(recording.inputs)])
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: th.Tensor, *_: Any) -> tuple[th.Tensor | None, ...]:
+        recording: _Recording = ctx.recording
+        return (None, *(None for _ in recording.inputs), *recording.backward(grad))
 
 
 class RecordedLoss:
     """
-    A loss whose forward and backward pass are recorded as two CUDA graphs for each shape of its arguments.
+    A loss whose forward and backward pass are recorded as CUDA graphs for each shape of its arguments.
 
-    Results lie in memory that the next call writes to again. Parameters may change in place between the calls, as
-    optimizers do; whatever else the function reads from Python, such as coefficients, is recorded with it.
+    Results and gradients lie in memory that the next call writes to again, so gradients must be zeroed between the
+    calls. Parameters may change in place, as optimizers do; whatever else the function reads from Python, such as
+    coefficients, is recorded with it. On a CPU the function runs as it is.
 
     :param network: its parameters get the gradients, in training mode
-    :param function: tensors -> :class:`~sb3_ext.common.training.LossOutput`; nothing in it may depend on values on the
-        CPU
+    :param function: tensors -> :class:`~sb3_ext.common.training.LossOutput`; nothing in it may depend on values that
+        lie on the GPU
     """
 
     def __init__(self, network: nn.Module, function: Callable[..., LossOutput]) -> None:
-        self._network, self._function = network, function
-        self._recordings: dict[Key, Callable[..., Tensors]] = {}
-        self._seen: Counter[Key] = Counter()
-        self._names: tuple[str, ...] = ()
+        self._loss = _Loss(network, function)
+        self._parameters = {name: p for name, p in self._loss.named_parameters() if p.requires_grad}
+        self._function = function
+        self._seen: Counter[Any] = Counter()
+        self.recordings: dict[Any, _Recording] = {}
 
     def __call__(self, *args: th.Tensor) -> LossOutput:
         """Replay, record, or run the function as it is."""
-        key = _key(args)
-        if key not in self._recordings:
+        if not args[0].is_cuda:
+            return self._function(*args)
+        key = tuple((x.shape, x.dtype) for x in args)
+        if key not in self.recordings:
             self._seen[key] += 1
-            if not args[0].is_cuda or self._seen[key] <= _SEEN or len(self._recordings) == _MOST:
-                output = self._function(*args)
-                self._names = tuple(output.metrics)
-                return output
-            self._recordings[key] = self._record(args)
-        loss, td_error, *metrics = self._recordings[key](*args)
-        return LossOutput(loss, td_error, dict(zip(self._names, metrics, strict=True)))
-
-    def _record(self, args: Tensors) -> Callable[..., Tensors]:
-        # the passes that warm up must leave no trace in running means
-        kept = [(buffer, buffer.clone()) for buffer in self._network.buffers()]
-        loss = _Loss(self._network, self._function)
-        samples = tuple(x.clone() for x in args)
-        recorded: Any = th.cuda.make_graphed_callables(loss, samples, allow_unused_input=True)
-        with th.no_grad():
-            for buffer, before in kept:
-                buffer.copy_(before)
-        return recorded  # type: ignore[no-any-return]
+            if self._seen[key] <= _SEEN or len(self.recordings) == _MOST:
+                return self._function(*args)
+            self.recordings[key] = _Recording(self._loss, self._parameters, args)
+        loss, td_error, *metrics = _Replay.apply(self.recordings[key], *args, *self._parameters.values())
+        return LossOutput(loss, td_error, dict(zip(self._loss.names, metrics, strict=True)))

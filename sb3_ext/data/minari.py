@@ -17,9 +17,11 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_ext.common.buffers import OfflineReplayBuffer
+from sb3_ext.common.device_frames import TensorFrames
 from sb3_ext.common.frames import FrameStore, split_stacks
 from sb3_ext.common.prioritized import PrioritizedOfflineReplayBuffer
 from sb3_ext.data.cache import Arrays, NotStacks, RamSink, cache_folder, cache_key, open_cache, stream, write_cache
@@ -30,7 +32,7 @@ from sb3_ext.data.write import return_statistics
 
 __all__ = ["STORAGES", "DatasetLike", "choose_episodes", "default_frame_stack", "load_minari", "make_eval_env"]
 
-STORAGES = ("mmap", "compressed", "ram")
+STORAGES = ("mmap", "compressed", "ram", "device")
 
 
 def choose_episodes(lengths: NDArray[np.int64], subset: float, seed: int) -> NDArray[np.int64]:
@@ -127,7 +129,8 @@ def load_minari(
     :param subset_seed: seed of that draw
     :param storage: ``"mmap"``: frames raw on disk in a cache, opened at once from the second time on, and larger than
         RAM if need be; ``"compressed"``: the same in zstd blocks, 20 to 150 times smaller and a little slower to draw
-        from; ``"ram"``: raw in RAM, nothing written to disk
+        from; ``"ram"``: raw in RAM, nothing written to disk; ``"device"``: as ``"mmap"``, and a copy
+        on the device, where batches are then cut out: the fastest on a GPU, if its memory holds 7 kB a step of 84x84
     :param cache_dir: the cache; default ``$SB3_EXT_CACHE``, else the user's cache folder
     :param strict: False accepts episodes of one step, and lets termination win where a step is marked terminated and
         truncated
@@ -153,6 +156,8 @@ def load_minari(
     source.warn_if_lossy()
     n_frames = _ready_made(source.observation_space, frame_stack)
     frames, arrays = _read(source, storage, cache_folder(cache_dir), subset, subset_seed, strict, n_frames)
+    if storage == "device":
+        frames = TensorFrames(frames, get_device(device))
     if arrays.n_frames > 1:
         stack, space = arrays.n_frames, stacked_space(source.observation_space, 1)
     else:

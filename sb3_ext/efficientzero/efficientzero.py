@@ -222,6 +222,9 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
             self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
         ).to(self.device)  # type: ignore[assignment]
         self.policy_target.load_state_dict(self.policy.state_dict())
+        if self.device.type == "cuda":
+            for policy in (self.policy, self.policy_target):
+                policy.to(memory_format=th.channels_last)
         self.policy_target.set_training_mode(False)
         self.policy_kwargs, self.n_steps, self.replay_buffer_kwargs = plain, n_steps, buffer_kwargs
         self._forget_recordings()

@@ -15,9 +15,9 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch.nn import functional as F
 
-from sb3_ext.common.graphs import Recorded
 from sb3_ext.common.losses import inverse_value_transform, two_hot, value_transform
 from sb3_ext.efficientzero.calls import Calls
+from sb3_ext.efficientzero.device_search import DeviceSteps, padded
 from sb3_ext.efficientzero.fast_network import EPS, FastNetwork, Roots
 from sb3_ext.efficientzero.gaussian import INNER_ACTIONS, inner_samples, root_samples, squashed_normal
 from sb3_ext.efficientzero.masking import MaskedPolicy
@@ -148,7 +148,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         self._count_optimizer_steps()
         self._calls: Calls | None = None
         self._fast: FastNetwork | None = None
-        self._recorded: Recorded | None = None
+        self._device_steps: dict[tuple[int, int], DeviceSteps] = {}
         self.search_rate = Rate()
 
     @property
@@ -246,13 +246,20 @@ class EfficientZeroPolicy(MaskedPolicy):
             sampled = actions.cpu().numpy()
             logits = np.zeros(sampled.shape[:2], np.float32)
             embedding = (roots.latent, actions if fast is None else sampled)
+        parts = embedding if isinstance(embedding, tuple) else (embedding,)
         if self.network.horizon:
-            parts = embedding if isinstance(embedding, tuple) else (embedding,)
-            embedding = (*parts, *start_parts(self.network.reward_head, len(logits)))
+            parts = (*parts, *start_parts(self.network.reward_head, len(logits)))
         threads = nullcontext() if fast is None else blas_threads()
         with _evaluating(self), threads, self.search_rate.measure(len(logits) * self.num_simulations):
+            recurrent: Any = self._recurrent if fast is None else fast.recurrent
+            if self.cuda_graphs and self.device.type == "cuda":
+                key = padded(len(logits)), self.num_simulations
+                if key not in self._device_steps:
+                    self._device_steps[key] = DeviceSteps(self._step, *key, parts)
+                recurrent = self._device_steps[key]
+                parts = (recurrent.start(parts),)
             out = gumbel_search(
-                logits, roots.values, embedding, self._recurrent if fast is None else fast.recurrent,
+                logits, roots.values, parts if len(parts) > 1 else parts[0], recurrent,
                 num_simulations=self.num_simulations, max_num_considered_actions=self.considered, gamma=self.gamma,
                 gumbel=gumbel, invalid_actions=invalid,
             )  # fmt: skip
@@ -261,12 +268,9 @@ class EfficientZeroPolicy(MaskedPolicy):
     def _recurrent(self, embedding: Any, slots: th.Tensor) -> RecurrentOutput:
         """One step of the network, in torch."""
         parts = embedding if isinstance(embedding, tuple) else (embedding,)
-        if self._recorded is None:
-            self._recorded = Recorded(self._step)
-        numbers, *new = (self._recorded if self.cuda_graphs else self._step)(slots, *parts)
+        numbers, *new = self._step(slots, *parts)
         found = numbers.detach().cpu().numpy()  # all at once, because each copy waits for the GPU
-        logits = found[:, 2:] if self.discrete else np.zeros((len(found), INNER_ACTIONS), np.float32)
-        return RecurrentOutput(found[:, 0], found[:, 1], logits, tuple(new) if len(new) > 1 else new[0])
+        return RecurrentOutput(found[:, 0], found[:, 1], found[:, 2:], tuple(new) if len(new) > 1 else new[0])
 
     def _step(self, slots: th.Tensor, latent: th.Tensor, *rest: Any) -> tuple[th.Tensor, ...]:
         """Reward, value and logits ``[B, 2 + A]`` behind an action of each row, and the parts of the new embedding."""
@@ -281,10 +285,11 @@ class EfficientZeroPolicy(MaskedPolicy):
             reward, rest = step_parts(self.calls.reward, self.decode, latent, rest, horizon)
         else:
             reward = self.decode(self.calls.reward(latent, None)[0])
-        numbers = [reward[:, None], self.decode(value)[:, None]]
-        if self.discrete:
-            return th.cat([*numbers, policy.float()], 1), latent, *rest
-        return th.cat(numbers, 1), latent, inner_samples(policy.float(), self.num_sampled_actions), *rest
+        logits = policy.float()
+        if not self.discrete:
+            rest = inner_samples(logits, self.num_sampled_actions), *rest
+            logits = logits.new_zeros(len(logits), INNER_ACTIONS)
+        return th.cat([reward[:, None], self.decode(value)[:, None], logits], 1), latent, *rest
 
     def _predict(
         self, observation: PyTorchObs, deterministic: bool = False, invalid: NDArray[np.bool_] | None = None
@@ -348,7 +353,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         self.optimizer.register_step_post_hook(count)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fast": None, "_calls": None, "_recorded": None}
+        return {**self.__dict__, "_fast": None, "_calls": None, "_device_steps": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -26,6 +26,8 @@ import torch as th
 from cql_learning import machine, parse_settings
 
 from sb3_ext import EfficientZeroV2
+from sb3_ext.common.graphs import Recording
+from sb3_ext.efficientzero.device_search import DeviceSteps
 from sb3_ext.zoo.config import load_algo, read_entries, resolve
 from sb3_ext.zoo.tasks import check_env_id, make_envs
 
@@ -37,6 +39,7 @@ class Clock:
 
     def __init__(self, device: th.device) -> None:
         self.device, self.spent, self.stack = device, defaultdict(float), list[str]()
+        self.wrapped: list[tuple[Any, str, Any]] = []
         self.last = time.perf_counter()
 
     def turn(self) -> None:
@@ -60,7 +63,16 @@ class Clock:
                 self.turn()
                 self.stack.pop()
 
+        self.wrapped.append((owner, name, vars(owner).get(name)))
         setattr(owner, name, timed)
+
+    def unwrap(self) -> None:
+        """Give everything its own methods back."""
+        for owner, name, before in reversed(self.wrapped):
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
 
     def flush(self) -> dict[str, float]:
         """Seconds by part since the last call."""
@@ -105,6 +117,7 @@ def measure(model: EfficientZeroV2, steps: int, updates: int) -> dict[str, Any]:
         clock.wrap(policy, "plan", "tree")
         clock.wrap(policy, "_recurrent", "network, search")
         clock.wrap(policy, "_roots", "network, encoder")
+    clock.wrap(DeviceSteps, "__call__", "network, search")  # instead of _recurrent, with CUDA graphs
     clock.wrap(model.replay_buffer, "sample", "data")
     clock.wrap(model.replay_buffer, "add", "data")
     clock.wrap(model.env, "step", "environment")
@@ -115,13 +128,13 @@ def measure(model: EfficientZeroV2, steps: int, updates: int) -> dict[str, Any]:
     clock.wrap(model, "reanalyze", "targets")
     clock.wrap(model, "compute_loss", "network, loss")
     clock.wrap(model.policy.optimizer, "step", "network, optimizer")
-    backward = th.Tensor.backward
     clock.wrap(th.Tensor, "backward", "network, backward")
+    clock.wrap(Recording, "backward", "network, backward")
     model.train(1, model.batch_size)
     clock.flush()
     model.train(updates, model.batch_size)
     updating = clock.flush()
-    th.Tensor.backward = backward  # type: ignore[method-assign]
+    clock.unwrap()
     roots = model.batch_size * (model.unroll_steps + 1)
     total = sum(updating.values())
     network = sum(s for part, s in updating.items() if part.startswith("network"))

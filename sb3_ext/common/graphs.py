@@ -8,7 +8,6 @@ from typing import Any
 
 import torch as th
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from sb3_ext.common.training import LossOutput
@@ -36,7 +35,7 @@ class _Loss(nn.Module):
         return output.loss, output.td_error.detach(), *(x.detach() for x in output.metrics.values())
 
 
-class _Recording:
+class Recording:
     """
     Forward and backward pass of a loss as two graphs.
 
@@ -45,53 +44,48 @@ class _Recording:
     """
 
     def __init__(self, loss: _Loss, parameters: dict[str, nn.Parameter], args: Tensors) -> None:
-        self.inputs = tuple(x.clone() for x in args)
+        self._parameters = list(parameters.values())
+        self._inputs = tuple(x.clone() for x in args)
         stand_ins = {name: p.detach().requires_grad_() for name, p in parameters.items()}
         self._forward, self._backward = th.cuda.CUDAGraph(), th.cuda.CUDAGraph()
         th.cuda.synchronize()
         with th.cuda.graph(self._forward):
-            outputs = functional_call(loss, stand_ins, self.inputs)
-        self._grad = th.empty_like(outputs[0])
+            outputs = functional_call(loss, stand_ins, self._inputs)
+        self._weights = th.empty_like(outputs[0])
         with th.cuda.graph(self._backward, pool=self._forward.pool()):
-            self._gradients = th.autograd.grad(outputs[0], list(stand_ins.values()), self._grad, allow_unused=True)
+            found = th.autograd.grad(outputs[0], list(stand_ins.values()), self._weights, allow_unused=True)
+            self._gradients = [
+                g if g is None or g.stride() == p.stride() else th.empty_like(p).copy_(g)
+                for p, g in zip(self._parameters, found, strict=True)
+            ]
         self._outputs = tuple(x.detach() for x in outputs)
 
     def forward(self, args: Tensors) -> Tensors:
-        for static, new in zip(self.inputs, args, strict=True):
+        """Loss, error and metrics."""
+        for static, new in zip(self._inputs, args, strict=True):
             static.copy_(new)
         self._forward.replay()
-        return tuple(x.detach() for x in self._outputs)
+        return self._outputs
 
-    def backward(self, grad: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        self._grad.copy_(grad)
+    def backward(self, weights: th.Tensor | None) -> None:
+        """See :class:`~sb3_ext.common.training.LossOutput`."""
+        if weights is None:
+            self._weights.fill_(1 / len(self._weights))
+        else:
+            th.div(weights, len(weights), out=self._weights)
         self._backward.replay()
-        return tuple(None if x is None else x.detach() for x in self._gradients)
-
-
-class _Replay(th.autograd.Function):
-    """A recording as a step of autograd: its arguments are those of the loss, and then the parameters."""
-
-    @staticmethod
-    def forward(ctx: Any, recording: _Recording, *tensors: th.Tensor) -> Tensors:
-        ctx.recording = recording
-        outputs = recording.forward(tensors[: len(recording.inputs)])
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: th.Tensor, *_: Any) -> tuple[th.Tensor | None, ...]:
-        recording: _Recording = ctx.recording
-        return (None, *(None for _ in recording.inputs), *recording.backward(grad))
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
 
 
 class RecordedLoss:
     """
     A loss whose forward and backward pass are recorded as CUDA graphs for each shape of its arguments.
 
-    Results and gradients lie in memory that the next call writes to again, so gradients must be zeroed between the
-    calls. Parameters may change in place, as optimizers do; whatever else the function reads from Python, such as
-    coefficients, is recorded with it. On a CPU the function runs as it is.
+    The results know their backward pass (:class:`~sb3_ext.common.training.LossOutput`) and take no part in autograd.
+    They and the gradients lie in memory that the next call writes to again. Parameters may change in place, as
+    optimizers do; whatever else the function reads from Python, such as coefficients, is recorded with it. On a CPU the
+    function runs as it is.
 
     :param network: its parameters get the gradients, in training mode
     :param function: tensors -> :class:`~sb3_ext.common.training.LossOutput`; nothing in it may depend on values that
@@ -103,7 +97,7 @@ class RecordedLoss:
         self._parameters = {name: p for name, p in self._loss.named_parameters() if p.requires_grad}
         self._function = function
         self._seen: Counter[Any] = Counter()
-        self.recordings: dict[Any, _Recording] = {}
+        self.recordings: dict[Any, Recording] = {}
 
     def __call__(self, *args: th.Tensor) -> LossOutput:
         """Replay, record, or run the function as it is."""
@@ -114,6 +108,7 @@ class RecordedLoss:
             self._seen[key] += 1
             if self._seen[key] <= _SEEN or len(self.recordings) == _MOST:
                 return self._function(*args)
-            self.recordings[key] = _Recording(self._loss, self._parameters, args)
-        loss, td_error, *metrics = _Replay.apply(self.recordings[key], *args, *self._parameters.values())
-        return LossOutput(loss, td_error, dict(zip(self._loss.names, metrics, strict=True)))
+            self.recordings[key] = Recording(self._loss, self._parameters, args)
+        recording = self.recordings[key]
+        loss, td_error, *metrics = recording.forward(args)
+        return LossOutput(loss, td_error, dict(zip(self._loss.names, metrics, strict=True)), recording.backward)

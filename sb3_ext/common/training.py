@@ -18,11 +18,14 @@ class LossOutput(NamedTuple):
     :param loss: per-sample loss, ``[B]``
     :param td_error: per-sample temporal-difference error, ``[B]``; its absolute value becomes the priority
     :param metrics: further scalars to log, detached, 0-dim
+    :param backward: sets the parameters' gradients of the mean over the batch of ``weights * loss``, given the weights
+        ``[B]`` or None; None: autograd does it
     """
 
     loss: th.Tensor
     td_error: th.Tensor
     metrics: dict[str, th.Tensor]
+    backward: Callable[[th.Tensor | None], None] | None = None
 
 
 class MetricMeans:
@@ -92,15 +95,19 @@ def train_weighted(
         batch = buffer.sample(batch_size, env=model._vec_normalize_env)
         output = compute_loss(batch)
         weights: th.Tensor | None = getattr(batch, "weights", None)
-        per_sample = output.loss if weights is None else output.loss * weights.reshape(-1)
+        weights = None if weights is None else weights.reshape(-1)
+        per_sample = output.loss if weights is None else output.loss * weights
         loss = per_sample.mean()
         if (loss.device.type == "cpu" or model._n_updates % _GPU_CHECK_EVERY == 0) and not th.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss.item()} at gradient step {model._n_updates}. Check the rewards' scale, lower the "
                 "learning rate or set max_grad_norm; checkpoints written before this step are intact."
             )
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        if output.backward is None:
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            output.backward(weights)
         if max_grad_norm is not None:
             th.nn.utils.clip_grad_norm_(model.policy.parameters(), max_grad_norm)
         optimizer.step()

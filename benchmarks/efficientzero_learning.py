@@ -111,7 +111,7 @@ def make_task_env(env_id: str, n_envs: int, seed: int, training: bool) -> VecEnv
     return env
 
 
-def build(task: str, algo: str, seed: int, overrides: dict[str, Any]) -> BaseAlgorithm:
+def build(task: str, algo: str, seed: int, overrides: dict[str, Any], device: str = "cpu") -> BaseAlgorithm:
     """Algorithm and training environment."""
     settings = TASKS[task]
     env = make_task_env(settings["env"], 8 if algo == "ppo" else 1, seed, training=True)
@@ -120,11 +120,18 @@ def build(task: str, algo: str, seed: int, overrides: dict[str, Any]) -> BaseAlg
             raise SystemExit(f"Only {' and '.join(NETWORKS)} have peers.")
         model: BaseAlgorithm = PEERS[algo](env, seed, NETWORKS[task])
         return model
-    return EfficientZeroV2(settings["policy"], env, seed=seed, device="cpu", **{**settings["settings"], **overrides})
+    return EfficientZeroV2(settings["policy"], env, seed=seed, device=device, **{**settings["settings"], **overrides})
 
 
 def run(
-    task: str, algo: str, seed: int, steps: int | None, overrides: dict[str, Any], work: Path, results: Path
+    task: str,
+    algo: str,
+    seed: int,
+    steps: int | None,
+    overrides: dict[str, Any],
+    work: Path,
+    results: Path,
+    device: str = "cpu",
 ) -> None:
     """Train once and write the curve, unless it is there."""
     settings = TASKS[task]
@@ -135,7 +142,7 @@ def run(
         return
     state.mkdir(parents=True, exist_ok=True)
     curve: list[dict[str, Any]] = []
-    model = build(task, algo, seed, overrides)
+    model = build(task, algo, seed, overrides, device)
     evaluation = make_task_env(settings["env"], 10, seed, training=False)
     model.learn(
         steps or settings["steps"],
@@ -148,7 +155,7 @@ def run(
         "task": f"ez-{task}", "algo": algo, "seed": seed, "settings": used, "curve": curve,
         "command": "uv run --all-extras benchmarks/efficientzero_learning.py "
         f"--task {task} --algos {algo} --seeds {seed}",
-        **machine(),
+        **machine(device),
     }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts))
@@ -205,13 +212,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="trial runs: stop earlier or later")
     parser.add_argument("--work", type=Path, default=Path("logs/learning"), help="where models are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where finished runs are written")
+    parser.add_argument("--device", default="cpu", help="of EfficientZeroV2; give --results with it")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="trial runs: no result is written")
     args = parse(parser, table)
     th.set_num_threads(1)
     overrides = parse_settings(args.set)
     for seed in args.seeds:
         for algo in args.algos:
-            run(args.task, algo, seed, args.steps, overrides, args.work, args.results)
+            run(args.task, algo, seed, args.steps, overrides, args.work, args.results, args.device)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from sb3_ext.common.graphs import RecordedLoss
 from sb3_ext.common.sequences import SequenceReplayBuffer
 from sb3_ext.common.training import LossOutput
 from sb3_ext.data import StackFrames, make_atari_env
-from sb3_ext.efficientzero.device_search import DeviceSteps, padded
+from sb3_ext.efficientzero import device_search
+from sb3_ext.efficientzero.device_search import DeviceSearch, padded
 from sb3_ext.efficientzero.fast_network import Roots
 from sb3_ext.efficientzero.gaussian import root_samples
 from sb3_ext.efficientzero.policies import CnnPolicy
@@ -110,7 +111,13 @@ def test_batches_of_frames_on_the_device_equal_those_in_ram(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("actions", [spaces.Discrete(5), spaces.Box(-1, 1, (2,))])
 @pytest.mark.parametrize("value_prefix", [False, True])
-def test_row_numbers_stand_for_latent_states(device: str, actions: spaces.Space[Any], value_prefix: bool) -> None:
+@pytest.mark.parametrize("split", [512, 8])
+def test_row_numbers_stand_for_latent_states(
+    device: str, actions: spaces.Space[Any], value_prefix: bool, split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(actions, spaces.Box) and split == 8:
+        pytest.skip("each lane draws its own samples")
+    monkeypatch.setattr(device_search, "_SPLIT", split)
     policy = CnnPolicy(
         spaces.Box(0, 255, (4, 12, 12), np.uint8), actions, lambda _: 1e-3, num_sampled_actions=5,
         network_kwargs={**TINY["network_kwargs"], "value_prefix": value_prefix},
@@ -124,14 +131,14 @@ def test_row_numbers_stand_for_latent_states(device: str, actions: spaces.Space[
         parts, logits = (latent, root_samples(logits, 5, noise=True)), th.zeros(roots, 5)
     if value_prefix:
         parts = (*parts, *start_parts(policy.network.reward_head, roots))
-    steps = DeviceSteps(policy._step, padded(roots), 12, parts)
-    found = []
+    search: dict[str, Any] = {"num_simulations": 12, "max_num_considered_actions": 4, "gamma": 0.9}
+    on_device, found = DeviceSearch(policy._step), []
+    on_device.start(parts, 12)
     for _ in range(2):  # the second search must not see the first one's states
-        for embedding, recurrent in ((parts if len(parts) > 1 else parts[0], policy._recurrent), (None, steps)):
-            th.manual_seed(0)
-            start = steps.start(parts) if embedding is None else embedding
-            search: dict[str, Any] = {"num_simulations": 12, "max_num_considered_actions": 4, "gamma": 0.9}
-            found.append(gumbel_search(logits, values, start, recurrent, **search))
+        th.manual_seed(0)
+        found.append(gumbel_search(logits, values, parts if len(parts) > 1 else parts[0], policy._recurrent, **search))
+        th.manual_seed(0)
+        found.append(gumbel_search(logits, values, None, on_device.start(parts, 12), **search))
     wanted = found[0]
     for out in found[1:]:
         np.testing.assert_allclose(out.root_values, wanted.root_values, rtol=1e-3, atol=1e-4)
@@ -164,7 +171,8 @@ def test_recorded_search_equals_the_eager_one(value_prefix: bool) -> None:
             found = policy.plan(roots, noise=False)[0]
         np.testing.assert_allclose(found.root_values, wanted.root_values, rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(found.improved_policy, wanted.improved_policy, rtol=1e-2, atol=1e-3)
-    assert set(policy._device_steps) == {(16, 4), (2, 4)}
+    assert policy._device_search is not None
+    assert set(policy._device_search.lanes) == {(16, 4, 0), (2, 4, 0)}
 
 
 @needs_gpu

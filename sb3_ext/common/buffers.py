@@ -54,6 +54,22 @@ def to_device(arrays: Any, device: th.device) -> Any:
     return th.from_numpy(np.ascontiguousarray(arrays)).to(device, non_blocking=True)
 
 
+def columns_to_device(columns: list[NDArray[Any]], device: th.device) -> list[th.Tensor]:
+    """
+    Make columns of numbers tensors, in one transfer.
+
+    :param columns: ``[B]`` each, those with the largest numbers of bytes first
+    :param device: where the tensors go
+    :return: ``[B, 1]`` each, in the same order
+    """
+    if device.type == "cpu":
+        return [th.from_numpy(column.reshape(-1, 1)) for column in columns]
+    parts = [np.ascontiguousarray(column).view(np.uint8) for column in columns]
+    joined = to_device(np.concatenate(parts), device).split([len(part) for part in parts])
+    dtypes = [th.from_numpy(column[:0]).dtype for column in columns]
+    return [part.view(dtype).reshape(-1, 1) for part, dtype in zip(joined, dtypes, strict=True)]
+
+
 class OfflineReplayBuffer(ReplayBuffer):
     """
     A fixed set of episodes as an SB3 replay buffer.
@@ -176,19 +192,28 @@ class OfflineReplayBuffer(ReplayBuffer):
         rows = self._rows[batch_inds].astype(np.int64)
         age = self._age[rows].astype(np.int64)
         observations, next_observations = gather_stacks(self.frames, rows, age, self.frame_stack, self.pad_with_zeros)
-        last, rewards, discounts = rows, self.rewards[rows], None
+        last, rewards = rows, self.rewards[rows]
+        discounts: NDArray[np.float32] | None = None
         if self.n_steps > 1:
             last, rewards, discounts = self._n_step(rows)
             next_observations = gather_stacks(
                 self.frames, last, self._age[last].astype(np.int64), self.frame_stack, self.pad_with_zeros
             )[1]
+        columns: list[NDArray[Any]] = [
+            self.actions[rows].astype(np.int64),
+            self.terminated[last].astype(np.float32),
+            self._normalize_reward(rewards.astype(np.float32), env),
+        ]
+        if discounts is not None:
+            columns.append(discounts)
+        actions, dones, reward, *rest = columns_to_device(columns, self.device)
         return ReplayBufferSamples(
             observations=to_device(self._normalized(observations, env), self.device),
-            actions=to_device(self.actions[rows].astype(np.int64).reshape(-1, 1), self.device),
+            actions=actions,
             next_observations=to_device(self._normalized(next_observations, env), self.device),
-            dones=to_device(self.terminated[last].astype(np.float32).reshape(-1, 1), self.device),
-            rewards=to_device(self._normalize_reward(rewards.astype(np.float32).reshape(-1, 1), env), self.device),
-            discounts=discounts,
+            dones=dones,
+            rewards=reward,
+            discounts=rest[0] if rest else None,
         )
 
     def _normalized(self, observations: Any, env: VecNormalize | None) -> Any:
@@ -196,14 +221,14 @@ class OfflineReplayBuffer(ReplayBuffer):
             observations = observations.cpu().numpy()
         return self._normalize_obs(observations, env)
 
-    def _n_step(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], th.Tensor]:
+    def _n_step(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         """Last row, summed reward and discount of the n-step return; the sum stops with the episode."""
         steps = np.arange(self.n_steps)
         count = np.minimum(self.n_steps, self._left[rows])
         window = rows[:, None] + np.minimum(steps, count[:, None] - 1)
         weights = np.where(steps < count[:, None], self.gamma**steps, 0)
         rewards = (self.rewards[window] * weights).sum(axis=1)
-        discounts = to_device((self.gamma**count).astype(np.float32).reshape(-1, 1), self.device)
+        discounts = (self.gamma**count).astype(np.float32)
         return rows + count - 1, rewards.astype(np.float32), discounts
 
     def discounted_returns(self, gamma: float, rewards: NDArray[np.float32] | None = None) -> NDArray[np.float64]:

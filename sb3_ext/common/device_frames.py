@@ -15,7 +15,8 @@ _CHUNK = 4096
 
 class TensorFrames:
     """
-    All frames of a dataset on a device; a :class:`~sb3_ext.common.frames.FrameStore` that gives tensors.
+    All frames of a dataset on a device; a :class:`~sb3_ext.common.frames.FrameStore` that gives tensors, and has a
+    frame of zeros in row ``blank``.
 
     :param frames: the frames
     :param device: where the copy lies
@@ -24,13 +25,14 @@ class TensorFrames:
     def __init__(self, frames: FrameStore, device: th.device) -> None:
         self.shape, self.dtype = frames.shape, frames.dtype
         dtype = _torch_dtype(np.empty(0, frames.dtype))
-        self._frames = th.empty((len(frames), *frames.shape), dtype=dtype, device=device)
+        self._frames = th.zeros((len(frames) + 1, *frames.shape), dtype=dtype, device=device)
+        self.blank = len(frames)
         for start in range(0, len(frames), _CHUNK):
             rows = np.arange(start, min(start + _CHUNK, len(frames)))
             self._frames[start : start + len(rows)] = th.from_numpy(frames.take(rows))
 
     def __len__(self) -> int:
-        return len(self._frames)
+        return self.blank
 
     def take(self, rows: NDArray[np.int64]) -> th.Tensor:
         """See :meth:`~sb3_ext.common.frames.FrameStore.take`."""

@@ -227,12 +227,12 @@ def gather_stacks(
         tensors if the store gives those
     """
     index, missing = stack_rows(rows, age, frame_stack)
+    blank = getattr(store, "blank", None)
+    if pad_with_zeros and blank is not None:
+        index = np.where(missing, blank, index)
     frames = store.take(index)
-    if pad_with_zeros and missing.any():
-        if isinstance(frames, np.ndarray):
-            frames[missing] = 0
-        else:  # a tensor: indexing with a mask would wait for the GPU
-            frames.masked_fill_(frames.new_tensor(missing.reshape(*missing.shape, *(1 for _ in store.shape))).bool(), 0)
+    if pad_with_zeros and blank is None and missing.any():
+        frames[missing] = 0
     channels = store.shape[0]
     merged = frames.reshape(len(rows), (frame_stack + 1) * channels, *store.shape[1:])
     return merged[:, :-channels], merged[:, channels:]

@@ -13,6 +13,9 @@ from sb3_ext.efficientzero.search import RecurrentOutput
 
 Tensors = tuple[th.Tensor, ...]
 
+_SPLIT = 512
+"""From so many roots on there are two lanes."""
+
 
 def padded(rows: int) -> int:
     """
@@ -26,7 +29,8 @@ def padded(rows: int) -> int:
 
 class DeviceSteps:
     """
-    Network steps over latent states that stay on the GPU, recorded as one CUDA graph.
+    Network steps over latent states that stay on the GPU, recorded as one CUDA graph; a
+    :class:`~sb3_ext.efficientzero.search.Lane` of the search.
 
     One step reads the states of the nodes it starts from, runs the network and stores the new states; to and from the
     GPU go one array of row numbers and one of rewards, values and logits. Images are kept with their channels last. On
@@ -38,55 +42,65 @@ class DeviceSteps:
     :param parts: of an embedding, as examples
     """
 
+    rows: slice
+
     def __init__(self, step: Callable[..., Tensors], roots: int, nodes: int, parts: Tensors) -> None:
         self._step, self._size = step, roots
         device = parts[0].device
-        self._records = device.type == "cuda"
         self._pools = [
             th.zeros((roots * (nodes + 1), *_last(x).shape[1:]), dtype=x.dtype, device=device) for x in parts
         ]
         # rows to read from, slots, rows to write to
-        self._where = th.zeros(3, roots, dtype=th.int64, pin_memory=self._records)
+        records = device.type == "cuda"
+        self._where = th.zeros(3, roots, dtype=th.int64, pin_memory=records)
         self._where_here: NDArray[np.int64] = self._where.numpy()
         self._where_there = th.zeros(3, roots, dtype=th.int64, device=device)
         self._graph: th.cuda.CUDAGraph | None = None
         self._numbers = self._run()
-        self._found = th.empty(self._numbers.shape, pin_memory=self._records)
+        if records:
+            th.cuda.synchronize()
+            self._graph = th.cuda.CUDAGraph()
+            with th.cuda.graph(self._graph):
+                self._numbers = self._run()
+            self._done: Any = th.cuda.Event()  # type: ignore[no-untyped-call]
+        self._found = th.empty(self._numbers.shape, pin_memory=records)
         self._found_here = self._found.numpy()
+        self._roots = np.arange(roots)
 
-    def start(self, parts: Tensors) -> NDArray[np.int64]:
+    def start(self, parts: Tensors, rows: slice) -> None:
         """
         Begin a search.
 
-        :param parts: of the roots' embedding
-        :return: what stands for it, ``[B]``
+        :param parts: of the embedding of all roots
+        :param rows: which of them this lane has
         """
+        self.rows, self._node, self._batch = rows, 0, rows.stop - rows.start
         for pool, part in zip(self._pools, parts, strict=True):
-            pool[: len(part)] = _last(part)
-        self._node = 0
-        return np.arange(len(parts[0]))
+            pool[: self._batch] = _last(part[rows])
 
-    def __call__(self, rows: NDArray[np.int64], slots: NDArray[np.int64]) -> RecurrentOutput:
-        """One step of the network from given nodes."""
-        batch = len(rows)
+    def launch(self, sources: NDArray[np.int64], actions: NDArray[np.int64]) -> None:
+        """See :class:`~sb3_ext.efficientzero.search.Lane`."""
         self._node += 1
-        new = np.arange(self._size) + self._node * self._size
-        self._where_here[0, :batch], self._where_here[1, :batch], self._where_here[2] = rows, slots, new
+        read, slots, write = self._where_here
+        nodes, roots = np.divmod(sources, self._batch)
+        read[: self._batch] = nodes * self._size + roots
+        slots[: self._batch] = actions
+        write[:] = self._roots + self._node * self._size
         self._where_there.copy_(self._where, non_blocking=True)
-        if not self._records:
+        if self._graph is None:
             self._numbers = self._run()
-        elif self._graph is None:
-            self._graph = th.cuda.CUDAGraph()
-            th.cuda.synchronize()
-            with th.cuda.graph(self._graph):
-                self._numbers = self._run()
-        if self._graph is not None:
+        else:
             self._graph.replay()
         self._found.copy_(self._numbers, non_blocking=True)
-        if self._records:
-            th.cuda.current_stream().synchronize()
-        found = self._found_here[:batch].copy()
-        return RecurrentOutput(found[:, 0], found[:, 1], found[:, 2:], new[:batch])
+        if self._graph is not None:
+            self._done.record()
+
+    def collect(self) -> RecurrentOutput:
+        """See :class:`~sb3_ext.efficientzero.search.Lane`."""
+        if self._graph is not None:
+            self._done.synchronize()
+        found = self._found_here[: self._batch]
+        return RecurrentOutput(found[:, 0], found[:, 1], found[:, 2:], None)
 
     @th.no_grad()
     def _run(self) -> th.Tensor:
@@ -95,6 +109,38 @@ class DeviceSteps:
         for pool, part in zip(self._pools, parts, strict=True):
             pool.index_copy_(0, target, _last(part))
         return numbers
+
+
+class DeviceSearch:
+    """
+    Lanes for any number of roots; many are split in two, so that the GPU runs one half while the CPU steps the other's
+    trees.
+
+    :param step: see :class:`DeviceSteps`
+    """
+
+    def __init__(self, step: Callable[..., Tensors]) -> None:
+        self._step = step
+        self.lanes: dict[tuple[int, int, int], DeviceSteps] = {}
+
+    def start(self, parts: Tensors, nodes: int) -> list[DeviceSteps]:
+        """
+        Begin a search.
+
+        :param parts: of the embedding of all roots
+        :param nodes: simulations
+        :return: the lanes
+        """
+        batch = len(parts[0])
+        per_lane = -(-batch // 2) if batch >= _SPLIT else batch
+        size, found = padded(per_lane), []
+        for number, first in enumerate(range(0, batch, per_lane)):
+            key = size, nodes, number
+            if key not in self.lanes:
+                self.lanes[key] = DeviceSteps(self._step, size, nodes, parts)
+            self.lanes[key].start(parts, slice(first, min(first + per_lane, batch)))
+            found.append(self.lanes[key])
+        return found
 
 
 def _last(x: th.Tensor) -> th.Tensor:

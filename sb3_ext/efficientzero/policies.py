@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sb3_ext.common.losses import inverse_value_transform, two_hot, value_transform
 from sb3_ext.efficientzero.calls import Calls
-from sb3_ext.efficientzero.device_search import DeviceSteps, padded
+from sb3_ext.efficientzero.device_search import DeviceSearch
 from sb3_ext.efficientzero.fast_network import EPS, FastNetwork, Roots
 from sb3_ext.efficientzero.gaussian import INNER_ACTIONS, inner_samples, root_samples, squashed_normal
 from sb3_ext.efficientzero.masking import MaskedPolicy
@@ -29,6 +29,10 @@ from sb3_ext.efficientzero.threads import blas_threads
 
 _CHUNK = 1 << 21
 """Numbers of observations encoded at once on a CPU: few enough for the caches, and for memory to be used again."""
+
+
+_GPU_ROWS = 768
+"""Observations encoded at once on a GPU, at most."""
 
 
 @contextmanager
@@ -148,7 +152,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         self._count_optimizer_steps()
         self._calls: Calls | None = None
         self._fast: FastNetwork | None = None
-        self._device_steps: dict[tuple[int, int], DeviceSteps] = {}
+        self._device_search: DeviceSearch | None = None
         self.search_rate = Rate()
 
     @property
@@ -215,7 +219,9 @@ class EfficientZeroPolicy(MaskedPolicy):
 
     def _roots(self, observations: th.Tensor) -> Roots:
         # in parts, because the first layers of images take much memory
-        rows = 512 if observations.is_cuda else max(_CHUNK // observations[0].numel(), 1)
+        rows = max(_CHUNK // observations[0].numel(), 1)
+        if observations.is_cuda:  # equal parts, because each size is compiled by itself
+            rows = -(-len(observations) // -(-len(observations) // _GPU_ROWS))
         latent = th.cat([self.calls.represent(part) for part in th.split(observations, rows)])
         fast = self._fast_network()
         if fast is not None:
@@ -253,11 +259,9 @@ class EfficientZeroPolicy(MaskedPolicy):
         with _evaluating(self), threads, self.search_rate.measure(len(logits) * self.num_simulations):
             recurrent: Any = self._recurrent if fast is None else fast.recurrent
             if self.cuda_graphs and self.device.type == "cuda":
-                key = padded(len(logits)), self.num_simulations
-                if key not in self._device_steps:
-                    self._device_steps[key] = DeviceSteps(self._step, *key, parts)
-                recurrent = self._device_steps[key]
-                parts = (recurrent.start(parts),)
+                if self._device_search is None:
+                    self._device_search = DeviceSearch(self._step)
+                recurrent = self._device_search.start(parts, self.num_simulations)
             out = gumbel_search(
                 logits, roots.values, parts if len(parts) > 1 else parts[0], recurrent,
                 num_simulations=self.num_simulations, max_num_considered_actions=self.considered, gamma=self.gamma,
@@ -353,7 +357,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         self.optimizer.register_step_post_hook(count)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fast": None, "_calls": None, "_device_steps": {}}
+        return {**self.__dict__, "_fast": None, "_calls": None, "_device_search": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

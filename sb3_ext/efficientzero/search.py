@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch as th
@@ -32,6 +31,29 @@ class RecurrentOutput(NamedTuple):
     value: Any
     prior_logits: Any
     embedding: Embedding
+
+
+class Lane(Protocol):
+    """
+    Some of the roots. Their network steps run on a device, with all embeddings, while the search steps the other
+    lanes' trees.
+    """
+
+    rows: slice
+    """Which roots, one after the other."""
+
+    def launch(self, sources: NDArray[np.int64], actions: NDArray[np.int64]) -> None:
+        """
+        Begin a step of the network.
+
+        :param sources: where to start from, ``node * b + root`` for the lane's b roots, ``[b]``
+        :param actions: slots, ``[b]``
+        """
+        ...
+
+    def collect(self) -> RecurrentOutput:
+        """Wait for the step; its embedding stays where it is."""
+        ...
 
 
 class SearchOutput(NamedTuple):
@@ -106,11 +128,55 @@ class _Pool:
         return self.rows.index_select(0, indices)
 
 
+class _Whole:
+    """
+    The lane of all roots: a callable, which is run when its step is launched.
+
+    :param embedding: of the roots
+    :param recurrent_fn: the callable
+    :param nodes: per tree
+    :param batch: B
+    """
+
+    def __init__(
+        self, embedding: Embedding, recurrent_fn: Callable[[Any, Any], RecurrentOutput], nodes: int, batch: int
+    ) -> None:
+        parts: tuple[Any, ...] = embedding if isinstance(embedding, tuple) else (embedding,)
+        for part in parts:
+            if len(part) != batch:
+                raise ValueError(f"There are {batch} rows of logits, but an embedding of shape {tuple(part.shape)}.")
+        self.rows = slice(0, batch)
+        self._function, self._several = recurrent_fn, isinstance(embedding, tuple)
+        self._pools = [_Pool(part, nodes) for part in parts]
+        self._nodes, self._node = nodes, 0
+        self._device = parts[0].device if isinstance(parts[0], th.Tensor) else None
+        self._out: RecurrentOutput
+
+    def launch(self, sources: NDArray[np.int64], actions: NDArray[np.int64]) -> None:
+        """See :class:`Lane`."""
+        if self._device is None:
+            self._run(sources, actions)
+        else:
+            with th.no_grad():
+                self._run(*(th.from_numpy(x).to(self._device) for x in (sources, actions)))
+
+    def _run(self, where: Any, what: Any) -> None:
+        states = [pool.get(where) for pool in self._pools]
+        self._out = self._function(tuple(states) if self._several else states[0], what)
+        self._node += 1
+        if self._node < self._nodes:
+            _store(self._pools, self._out.embedding, self._node)
+
+    def collect(self) -> RecurrentOutput:
+        """See :class:`Lane`."""
+        return self._out
+
+
 def gumbel_search(
     prior_logits: Any,
     values: Any,
     embedding: Embedding,
-    recurrent_fn: Callable[[Any, Any], RecurrentOutput],
+    recurrent_fn: Callable[[Any, Any], RecurrentOutput] | Sequence[Lane],
     *,
     num_simulations: int,
     max_num_considered_actions: int,
@@ -136,10 +202,10 @@ def gumbel_search(
 
     :param prior_logits: of the root's actions, ``[B, A]``; ``-inf``: there is no such action
     :param values: the network's value of the root, ``[B]``
-    :param embedding: of the root, an array or tensor ``[B, ...]``, or a tuple of those
+    :param embedding: of the root, an array or tensor ``[B, ...]``, or a tuple of those; with lanes not looked at
     :param recurrent_fn: ``(embedding, actions [B]) -> RecurrentOutput``, called once per simulation with all roots.
         Actions are numbers of slots, int64: a tensor on the embedding's device, or numpy with numpy. Its arguments
-        belong to the search, which may write to them later.
+        belong to the search, which may write to them later. Or lanes that together hold all roots, in order.
     :param num_simulations: N, per root
     :param max_num_considered_actions: m; rows with fewer legal actions consider those
     :param gamma: discount factor per action
@@ -160,32 +226,30 @@ def gumbel_search(
             raise ValueError(f"{name} must be at least 1, got {number}.")
     if not min_range > 0:
         raise ValueError(f"min_range must be positive, got {min_range}.")
-    parts: tuple[Any, ...] = embedding if isinstance(embedding, tuple) else (embedding,)
     logits, values, noise = _root_arrays(prior_logits, values, gumbel, invalid_actions)
     batch, slots = logits.shape
-    for part in parts:
-        if len(part) != batch:
-            raise ValueError(f"There are {batch} rows of logits, but an embedding of shape {tuple(part.shape)}.")
-
     data = np.empty((batch, ROW + 2 * slots + (num_simulations + 1) * (NODE + FIELDS * slots)))
     settings = np.array([gamma, c_visit, c_scale, min_range, slots, num_simulations], np.float64)
     actions, sources = np.empty(batch, np.int64), np.empty(batch, np.int64)
-    code = plant(data, logits, values, noise, max_num_considered_actions, settings, actions, sources)
-    if code >= 0:
-        raise ValueError(_problem(code, "root"))
-    pools = [_Pool(part, num_simulations) for part in parts]
-    device = parts[0].device if isinstance(parts[0], th.Tensor) else None
-    with contextlib.nullcontext() if device is None else th.no_grad():
-        for simulation in range(num_simulations):
-            where, what = _at(sources, device), _at(actions, device)
-            states = [pool.get(where) for pool in pools]
-            out = recurrent_fn(tuple(states) if isinstance(embedding, tuple) else states[0], what)
-            if simulation + 1 < num_simulations:
-                _store(pools, out.embedding, simulation + 1)
-            rewards, values, logits = _network_arrays(out, batch, slots)
-            code = step(data, rewards, values, logits, simulation, settings, actions, sources)
+    lanes: Sequence[Lane] = (
+        [_Whole(embedding, recurrent_fn, num_simulations, batch)] if callable(recurrent_fn) else recurrent_fn
+    )
+    views = [(lane, data[lane.rows], actions[lane.rows], sources[lane.rows]) for lane in lanes]
+    for lane, trees, chosen, where in views:
+        rows = lane.rows
+        considered = max_num_considered_actions
+        code = plant(trees, logits[rows], values[rows], noise[rows], considered, settings, chosen, where)
+        if code >= 0:
+            raise ValueError(_problem(code, "root", rows))
+        lane.launch(where, chosen)
+    for simulation in range(num_simulations):
+        for lane, trees, chosen, where in views:
+            rewards, values, logits = _network_arrays(lane.collect(), len(trees), slots)
+            code = step(trees, rewards, values, logits, simulation, settings, chosen, where)
             if code >= 0:
-                raise ValueError(_problem(code, f"simulation {simulation}"))
+                raise ValueError(_problem(code, f"simulation {simulation}", lane.rows))
+            if simulation + 1 < num_simulations:
+                lane.launch(where, chosen)
     policy, completed = np.empty((batch, slots), np.float32), np.empty((batch, slots), np.float32)
     root_values, counts = np.empty(batch, np.float32), np.empty((batch, slots), np.int32)
     finish(data, settings, actions, policy, root_values, counts, completed)
@@ -250,18 +314,15 @@ def principal_line(tree: Tree, row: int) -> list[int]:
     return line
 
 
-def _at(numbers: NDArray[np.int64], device: th.device | None) -> Any:
-    return numbers if device is None else th.from_numpy(numbers).to(device)
-
-
 def _check_shape(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}.")
 
 
-def _problem(code: int, where: str) -> str:
+def _problem(code: int, where: str, rows: slice) -> str:
     """Message for what a kernel found."""
     row, problem = divmod(code, 4)
+    row += rows.start
     if problem == NO_ACTION:
         return f"Row {row} has no legal action ({where})."
     return f"The network gave {PROBLEMS[problem]} ({where}, row {row})."

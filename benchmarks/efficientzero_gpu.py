@@ -24,7 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kernels one by one": {"cuda_graphs": False},
     "recorded": {},
     "recorded, bf16": {"bf16": True},
-    "recorded, bf16, compiled": {"bf16": True, "torch_compile": True},
+    "compiled, bf16": {"bf16": True, "torch_compile": True},
 }
 
 

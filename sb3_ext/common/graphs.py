@@ -48,7 +48,7 @@ class Recording:
         self._inputs = tuple(x.clone() for x in args)
         stand_ins = {name: p.detach().requires_grad_() for name, p in parameters.items()}
         self._forward, self._backward = th.cuda.CUDAGraph(), th.cuda.CUDAGraph()
-        self._warm_up(loss, stand_ins)
+        th.cuda.synchronize()
         with th.cuda.graph(self._forward):
             outputs = functional_call(loss, stand_ins, self._inputs)
         self._weights = th.empty_like(outputs[0])
@@ -59,19 +59,6 @@ class Recording:
                 for p, g in zip(self._parameters, found, strict=True)
             ]
         self._outputs = tuple(x.detach() for x in outputs)
-
-    def _warm_up(self, loss: _Loss, stand_ins: dict[str, th.Tensor]) -> None:
-        """Run once without a trace in running means: libraries and compilers must not begin while it is recorded."""
-        kept = [(buffer, buffer.clone()) for buffer in loss.buffers()]
-        stream: Any = th.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(th.cuda.current_stream())
-        with th.cuda.stream(stream):
-            out = functional_call(loss, stand_ins, self._inputs)[0]
-            th.autograd.grad(out.sum(), list(stand_ins.values()), allow_unused=True)
-        th.cuda.synchronize()
-        with th.no_grad():
-            for buffer, before in kept:
-                buffer.copy_(before)
 
     def forward(self, args: Tensors) -> Tensors:
         """Loss, error and metrics."""

@@ -115,7 +115,8 @@ class CQL(OfflineQRDQN):
         check_arguments(policy, env, cql_alpha, batch_size, target_update_interval, n_steps)
         self.cql_alpha, self.double_q, self.clip_rewards = cql_alpha, double_q, clip_rewards
         self.dataset_kwargs = dict(dataset_kwargs or {})
-        self.torch_compile, self.bf16, self.cuda_graphs = torch_compile, bf16, cuda_graphs
+        self.torch_compile, self.bf16 = torch_compile, bf16
+        self.cuda_graphs = cuda_graphs and not torch_compile  # what is recorded must not be compiled meanwhile
         self.dataset_info: dict[str, Any] = {}
         self._metrics = MetricMeans()
         self._sampler_state: Any = None

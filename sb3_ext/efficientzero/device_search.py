@@ -75,6 +75,8 @@ class DeviceSteps:
         :param rows: which of them this lane has
         """
         self.rows, self._node, self._batch = rows, 0, rows.stop - rows.start
+        if self._graph is not None:
+            self._done.synchronize()  # a search that was given up may have left a step under way
         for pool, part in zip(self._pools, parts, strict=True):
             pool[: self._batch] = _last(part[rows])
 

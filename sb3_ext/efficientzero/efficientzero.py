@@ -198,7 +198,8 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         self.reward_coef, self.value_coef, self.policy_coef = reward_coef, value_coef, policy_coef
         self.consistency_coef, self.ent_coef = consistency_coef, ent_coef
         self.max_grad_norm, self.image_shift = max_grad_norm, image_shift
-        self.torch_compile, self.bf16, self.cuda_graphs = torch_compile, bf16, cuda_graphs
+        self.torch_compile, self.bf16 = torch_compile, bf16
+        self.cuda_graphs = cuda_graphs and not torch_compile  # what is recorded must not be compiled meanwhile
         self._update_rate = Rate()
         if _init_setup_model:
             self._setup_model()

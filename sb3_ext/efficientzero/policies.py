@@ -68,7 +68,7 @@ class EfficientZeroPolicy(MaskedPolicy):
     :param network_kwargs: sizes, and ``value_prefix``; see the network class
     :param torch_compile: compile the network's functions
     :param bf16: run them in bfloat16
-    :param cuda_graphs: on a GPU: record the steps of the search once and replay them
+    :param cuda_graphs: on a GPU: record the steps of the search once and replay them; not with ``torch_compile``
     :param features_extractor_class: ``MlpPolicy``: what turns an observation into a vector, as in SB3, such as a
         convolutional network before latent vectors; the default flattens and standardises
     :param features_extractor_kwargs: likewise
@@ -115,7 +115,8 @@ class EfficientZeroPolicy(MaskedPolicy):
         self.num_sampled_actions, self.gamma, self.search = num_sampled_actions, gamma, search
         self.support_size, self.value_range = support_size, value_range
         self.network_kwargs = network_kwargs or {}
-        self.torch_compile, self.bf16, self.cuda_graphs = torch_compile, bf16, cuda_graphs
+        self.torch_compile, self.bf16 = torch_compile, bf16
+        self.cuda_graphs = cuda_graphs and not torch_compile  # what is recorded must not be compiled meanwhile
         self.discrete = isinstance(action_space, spaces.Discrete)
         if isinstance(action_space, spaces.Discrete):
             self.action_size = policy_size = slots = int(action_space.n)

@@ -333,7 +333,7 @@ def test_environments_in_the_place_of_a_dataset() -> None:
 
 def test_unknown_options(make_dataset: MakeDataset) -> None:
     dataset = make_dataset([episode()], SPACE)
-    with pytest.raises(ValueError, match=r"storage must be one of mmap, compressed, ram, not 'disk'"):
+    with pytest.raises(ValueError, match=r"storage must be one of mmap, compressed, ram, device, not 'disk'"):
         load_minari(dataset, storage="disk")
     with pytest.raises(ValueError, match="frame_stack must be at least 1, got 0"):
         load_minari(dataset, frame_stack=0)

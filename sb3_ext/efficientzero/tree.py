@@ -106,10 +106,10 @@ def _expand(row: Floats, base: int, logits: NDArray[np.float32], slots: int) -> 
         row[at + _PRIOR], row[at + _Q], row[at + _N], row[at + _CHILD] = prior, 0.0, 0.0, 0.0
         total += prior
         at += FIELDS
-    at = base + NODE
+    at, share = base + NODE, 1.0 / total
     for a in range(len(logits)):
         if logits[a] > -np.inf:
-            row[at + _PRIOR] = max(row[at + _PRIOR] / total, _TINY)
+            row[at + _PRIOR] = max(row[at + _PRIOR] * share, _TINY)
         at += FIELDS
     row[base + _VISITS], row[base + _MOST] = 0.0, 0.0
     return -1
@@ -134,15 +134,15 @@ def _mixed_value(row: Floats, base: int, slots: int) -> float:
 
 @njit(cache=True, error_model="numpy")
 def _bounds(row: Floats, min_range: float) -> tuple[float, float]:
-    """Lower end and width of normalisation; infinite width as long as nothing was backed up."""
+    """Lower end and inverse width of normalisation; 0 as long as nothing was backed up."""
     if row[_MAX] < row[_MIN]:
-        return 0.0, np.inf
-    return float(row[_MIN]), max(row[_MAX] - row[_MIN], min_range)
+        return 0.0, 0.0
+    return float(row[_MIN]), 1.0 / max(row[_MAX] - row[_MIN], min_range)
 
 
 @njit(cache=True, error_model="numpy")
-def _sigma(q: float, low: float, width: float, scale: float) -> float:
-    return scale * min(max((q - low) / width, 0.0), 1.0)
+def _sigma(q: float, low: float, per: float, scale: float) -> float:
+    return scale * min(max((q - low) * per, 0.0), 1.0)
 
 
 @njit(cache=True, error_model="numpy")
@@ -157,14 +157,14 @@ def _inner_slot(row: Floats, base: int, slots: int, settings: Floats, scratch: F
             at += FIELDS
         return best
     scale = (settings[1] + row[base + _MOST]) * settings[2]
-    low, width = _bounds(row, settings[3])
+    low, per = _bounds(row, settings[3])
     # every untried action has the same sigma: divided by its exp, their weight is the prior
-    common = _sigma(_mixed_value(row, base, slots), low, width, scale)
+    common = _sigma(_mixed_value(row, base, slots), low, per, scale)
     total = 0.0
     for a in range(slots):
         weight = row[at + _PRIOR]
         if row[at + _N] > 0.0:
-            weight *= math.exp(min(max(_sigma(row[at + _Q], low, width, scale) - common, -700.0), 700.0))
+            weight *= math.exp(min(max(_sigma(row[at + _Q], low, per, scale) - common, -700.0), 700.0))
         scratch[a] = weight
         total += weight
         at += FIELDS
@@ -182,14 +182,14 @@ def _inner_slot(row: Floats, base: int, slots: int, settings: Floats, scratch: F
 def _root_scores(row: Floats, slots: int, settings: Floats, scratch: Floats) -> None:
     """Gumbel + logits + sigma(completed Q) of every surviving root action."""
     base = ROW + 2 * slots
-    low, width = _bounds(row, settings[3])
+    low, per = _bounds(row, settings[3])
     scale = (settings[1] + row[base + _MOST]) * settings[2]
     mixed = _mixed_value(row, base, slots)
     at = base + NODE
     for a in range(slots):
         if row[ROW + 2 * a + 1] > 0.0:
             q = row[at + _Q] if row[at + _N] > 0.0 else mixed
-            scratch[a] = row[ROW + 2 * a] + _sigma(q, low, width, scale)
+            scratch[a] = row[ROW + 2 * a] + _sigma(q, low, per, scale)
         at += FIELDS
 
 
@@ -358,7 +358,7 @@ def finish(
     scratch = np.empty(slots)
     for b in range(len(data)):
         row = data[b]
-        low, width = _bounds(row, settings[3])
+        low, per = _bounds(row, settings[3])
         scale = (settings[1] + row[base + _MOST]) * settings[2]
         mixed = _mixed_value(row, base, slots)
         _root_scores(row, slots, settings, scratch)
@@ -376,7 +376,7 @@ def finish(
             completed[b, a] = q
             scratch[a] = -np.inf
             if row[at + _PRIOR] > 0.0:
-                scratch[a] = math.log(row[at + _PRIOR]) + _sigma(q, low, width, scale)
+                scratch[a] = math.log(row[at + _PRIOR]) + _sigma(q, low, per, scale)
             highest = max(highest, scratch[a])
             at += FIELDS
         for a in range(slots):

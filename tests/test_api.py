@@ -88,7 +88,16 @@ def test_drop_ins_have_the_same_signature(ours: Any, theirs: Any) -> None:
 
 def test_cql_signature_differs_from_qrdqn_only_as_intended() -> None:
     ours, theirs = parameters(sb3_ext.CQL), parameters(sb3_contrib.QRDQN)
-    added = {"dataset", "cql_alpha", "double_q", "clip_rewards", "dataset_kwargs", "torch_compile", "bf16", "cuda_graphs"}
+    added = {
+        "dataset",
+        "cql_alpha",
+        "double_q",
+        "clip_rewards",
+        "dataset_kwargs",
+        "torch_compile",
+        "bf16",
+        "cuda_graphs",
+    }
     # the dataset decides how it is stored
     removed = {"replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"}
     assert set(ours) - set(theirs) == added

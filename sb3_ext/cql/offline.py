@@ -172,7 +172,7 @@ class OfflineQRDQN(QRDQN):
 
     def _loss(self, batch: Any) -> LossOutput:
         """``compute_loss``, recorded if that is wanted; weights and indices of a batch are not its business."""
-        if not self.cuda_graphs:
+        if not self.cuda_graphs or self.device.type != "cuda":
             return self.compute_loss(batch)
         return self._recorded_loss(*(part for part in batch[: len(ReplayBufferSamples._fields)] if part is not None))
 

@@ -31,9 +31,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def run(name: str, settings: dict[str, Any], buffer: Any, updates: int) -> dict[str, Any]:
     """One setting."""
     model, _ = build("cuda", settings)
-    model.replay_buffer, model.num_timesteps = buffer or model.replay_buffer, 4000
     if buffer is None:
         fill(model, 4000)
+    else:
+        model.replay_buffer = buffer
     model.learning_starts, model.gradient_steps = 0, 0
     model.learn(4)  # logger
     th.cuda.reset_peak_memory_stats()

@@ -111,7 +111,7 @@ def make_task_env(env_id: str, n_envs: int, seed: int, training: bool) -> VecEnv
     return env
 
 
-def build(task: str, algo: str, seed: int, overrides: dict[str, Any], device: str = "cpu") -> BaseAlgorithm:
+def build(task: str, algo: str, seed: int, overrides: dict[str, Any], device: str) -> BaseAlgorithm:
     """Algorithm and training environment."""
     settings = TASKS[task]
     env = make_task_env(settings["env"], 8 if algo == "ppo" else 1, seed, training=True)
@@ -131,7 +131,7 @@ def run(
     overrides: dict[str, Any],
     work: Path,
     results: Path,
-    device: str = "cpu",
+    device: str,
 ) -> None:
     """Train once and write the curve, unless it is there."""
     settings = TASKS[task]
@@ -154,7 +154,7 @@ def run(
     facts = {
         "task": f"ez-{task}", "algo": algo, "seed": seed, "settings": used, "curve": curve,
         "command": "uv run --all-extras benchmarks/efficientzero_learning.py "
-        f"--task {task} --algos {algo} --seeds {seed}",
+        f"--task {task} --algos {algo} --seeds {seed}" + ("" if device == "cpu" else f" --device {device}"),
         **machine(device),
     }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,8 @@ Steps per second of CQL, cloning, DQN with prioritized replay, and GAIL on a GPU
     uv run --all-extras benchmarks/gpu_smoke.py --out results.json
 
 Offline: gradient steps on 5,000 frames of random Breakout, batches of 32, frames on the GPU; without recorded kernels
-and with frames in RAM for comparison. DQN and
-QR-DQN: environment steps of Breakout, one environment, one gradient step in four steps. GAIL: CartPole-v1, where a GPU
-gains nothing. "Waits" counts the synchronisations that torch reports, per step.
+and with frames in RAM for comparison. DQN and QR-DQN: environment steps of Breakout, one environment, one gradient step
+in four steps. GAIL: CartPole-v1, where a GPU gains nothing. "Waits" counts the synchronisations that torch reports.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def offline(algo: Any, dataset: Any, steps: int, storage: str = "device", **kwar
     """Gradient steps on a dataset; ``learn`` with everything that belongs to it."""
     model = algo("CnnPolicy", dataset, seed=0, device="cuda", dataset_kwargs={"storage": storage}, **kwargs)
     assert all(p.is_cuda for p in model.policy.parameters())
-    return timed(lambda n: model.learn(n), steps, 100)
+    return timed(model.learn, steps, 100)
 
 
 def online(algo: Any, steps: int, **kwargs: Any) -> dict[str, float]:

@@ -62,7 +62,7 @@ class CQL(OfflineQRDQN):
     :param torch_compile: compile the networks' forward pass: 10 to 20 s at the start; measure whether it gains anything
     :param bf16: run the networks in bfloat16 (fast where the processor has it, slow where it does not)
     :param cuda_graphs: on a GPU, record the kernels of the loss once in each ``learn`` and replay them; False launches
-        each by itself
+        each by itself, as ``torch_compile`` does
     :param stats_window_size: as in SB3
     :param tensorboard_log: as in SB3
     :param policy_kwargs: as in QRDQN, for instance ``dict(n_quantiles=50)``; default 200 quantiles

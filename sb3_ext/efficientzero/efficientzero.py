@@ -91,7 +91,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
     :param bf16: run the network in bfloat16, in training and search. The search of an MLP on a CPU is compiled and
         float32 in any case
     :param cuda_graphs: on a GPU, record the kernels of search and loss once and replay them; False launches each
-        by itself
+        by itself, as ``torch_compile`` does
     :param stats_window_size: as in SB3
     :param tensorboard_log: as in SB3
     :param verbose: as in SB3

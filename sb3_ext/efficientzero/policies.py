@@ -243,8 +243,9 @@ class EfficientZeroPolicy(MaskedPolicy):
         """
         fast = self._fast_network()
         sampled = gumbel = None
+        parts: tuple[Any, ...] = (roots.latent,)
         if self.discrete:
-            logits, embedding = roots.policy, roots.latent
+            logits = roots.policy
             if noise:
                 gumbel = -th.log(-th.log(th.rand(len(logits), self.action_size).clamp(1e-20, 1 - 1e-7)))
         else:
@@ -252,8 +253,7 @@ class EfficientZeroPolicy(MaskedPolicy):
             actions = root_samples(policy, self.num_sampled_actions, noise)
             sampled = actions.cpu().numpy()
             logits = np.zeros(sampled.shape[:2], np.float32)
-            embedding = (roots.latent, actions if fast is None else sampled)
-        parts = embedding if isinstance(embedding, tuple) else (embedding,)
+            parts = (roots.latent, actions if fast is None else sampled)
         if self.network.horizon:
             parts = (*parts, *start_parts(self.network.reward_head, len(logits)))
         threads = nullcontext() if fast is None else blas_threads()

@@ -15,7 +15,7 @@ import pytest
 from gymnasium import spaces
 
 from sb3_ext.data import DatasetError, load_minari, make_eval_env
-from sb3_ext.data.checks import check_episode
+from sb3_ext.data.checks import check_episode, frames_per_observation
 from tests.conftest import MakeDataset, flags
 
 SPACE = spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -340,3 +340,37 @@ def test_unknown_options(make_dataset: MakeDataset) -> None:
     for subset in (0.0, 1.5, -1.0):
         with pytest.raises(ValueError, match="subset must be in"):
             load_minari(dataset, subset=subset)
+
+
+def pictures(*shape: int) -> spaces.Box:
+    return spaces.Box(0, 255, shape, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "agent", "frames"),
+    [
+        (pictures(84, 84), pictures(4, 84, 84), 4),
+        (pictures(84, 84), pictures(84, 84), 1),
+        (pictures(84, 84, 3), pictures(12, 84, 84), 4),
+        (pictures(3, 84, 84), pictures(3, 84, 84), 1),
+        (spaces.Box(-1, 1, (5,)), spaces.Box(-1, 1, (5,)), 1),
+    ],
+)
+def test_recorded_frames_in_an_observation_are_counted(recorded: spaces.Box, agent: spaces.Box, frames: int) -> None:
+    assert frames_per_observation("a/b-v0", recorded, agent) == frames
+
+
+@pytest.mark.parametrize(
+    ("recorded", "agent"),
+    [
+        (pictures(84, 84, 3), pictures(4, 84, 84)),
+        (pictures(84, 84), pictures(4, 64, 64)),
+        (pictures(84, 84), pictures(84, 84, 4)),
+        (spaces.Box(-1, 1, (5,)), spaces.Box(-1, 1, (10,))),
+    ],
+)
+def test_observations_that_are_not_made_of_recorded_ones_are_refused(recorded: spaces.Box, agent: spaces.Box) -> None:
+    with pytest.raises(DatasetError) as error:
+        frames_per_observation("a/b-v0", recorded, agent)
+    assert str(recorded.shape) in str(error.value)
+    assert str(agent.shape) in str(error.value)

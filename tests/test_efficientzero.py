@@ -549,7 +549,7 @@ def test_pretraining_on_a_dataset(env: str) -> None:
         ).pretrain(dataset, 1)
 
 
-def test_datasets_that_do_not_fit_are_refused(cartpole: minari.MinariDataset, breakout: minari.MinariDataset) -> None:
+def test_datasets_that_do_not_fit_are_refused(cartpole: minari.MinariDataset) -> None:
     model = EfficientZeroV2("MlpPolicy", "Pendulum-v1", seed=0, **SMALL)
     with pytest.raises(DatasetError, match="another environment"):
         model.pretrain(cartpole, 1)

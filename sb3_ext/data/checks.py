@@ -9,6 +9,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from sb3_ext.data.envs import is_frame_space, to_channel_first
+
 _LARGEST = np.finfo(np.float32).max
 ActionSpace: TypeAlias = spaces.Discrete | spaces.Box
 _DROP = "Drop the episode with dataset.filter_episodes(...)."
@@ -49,6 +51,48 @@ def same_actions(theirs: spaces.Space[Any], ours: spaces.Space[Any]) -> bool:
         same = theirs.shape == ours.shape
         return same and np.allclose(theirs.low, ours.low) and np.allclose(theirs.high, ours.high)
     return False
+
+
+def check_same_actions(name: str, recorded: spaces.Space[Any], agent: spaces.Space[Any]) -> None:
+    """
+    Refuse a dataset whose actions are not the agent's.
+
+    :param name: of the dataset, for the message
+    :param recorded: its action space
+    :param agent: the agent's
+    :raises DatasetError: if they differ
+    """
+    if not same_actions(recorded, agent):
+        raise DatasetError(
+            f"{name} is of another environment: its actions are {recorded}, those of the environment to train in "
+            f"{agent}."
+        )
+
+
+def frames_per_observation(name: str, recorded: spaces.Space[Any], agent: spaces.Space[Any]) -> int:
+    """
+    Count the recorded observations that an agent sees at once.
+
+    :param name: of the dataset, for the message
+    :param recorded: space of one recorded observation
+    :param agent: space of the agent's, which may stack frames along its first axis
+    :return: 1, or the frames of a stack
+    :raises DatasetError: if the agent's observations cannot be made of recorded ones
+    """
+    assert recorded.shape is not None
+    assert agent.shape is not None
+    if recorded.shape == agent.shape:
+        return 1
+    hint = ""
+    if is_frame_space(recorded) and is_frame_space(agent):
+        channels, *size = to_channel_first(np.empty(recorded.shape, np.uint8), recorded).shape
+        if list(agent.shape[1:]) == size and agent.shape[0] % channels == 0:
+            return int(agent.shape[0] // channels)
+        hint = " Pictures must be channel first in the environment, with a whole number of recorded frames in a stack."
+    raise DatasetError(
+        f"{name} is of another environment, or recorded through other wrappers: its observations have shape "
+        f"{recorded.shape}, those of the environment to train in {agent.shape}.{hint}"
+    )
 
 
 def check_spaces(

@@ -24,7 +24,7 @@ from sb3_ext.data.envs import make_atari_env
 from sb3_ext.data.folders import ensure_namespace, full_disk, lock_folder, replace_folder, write_file
 from sb3_ext.data.replay_log import STORES, StoreReader, read_store, store_name
 from sb3_ext.data.replay_plan import SUBSETS, Plan, make_plan
-from sb3_ext.data.write import _plain_spec, _requirements, check_new_id, return_statistics
+from sb3_ext.data.write import check_new_id, plain_spec, requirements, return_statistics
 
 _FORMAT = 1
 _CHUNK = 512
@@ -333,8 +333,8 @@ def _facts(
         "description": f"Replay log of {game}, run {run}, converted from Dopamine's format; "
         f"{'everything' if options['subset'] is None else options['subset'] + ' ' + format(options['fraction'], 'g')}."
         + (" All rewards are within [-1, 1]: the DQN Replay Dataset clips them." if clipped else ""),
-        "requirements": _requirements(env),
-        "eval_env_spec": _plain_spec(env).to_json(),
+        "requirements": requirements(env),
+        "eval_env_spec": plain_spec(env).to_json(),
         "behaviour_return": return_statistics([returns[k] for k in range(len(lengths))]),
         "conversion": digest,
         "source": {k: options[k] for k in ("game", "run", "subset", "fraction", "seed")},
@@ -355,7 +355,7 @@ def _finish(work: Path, final: Path, namespace: str | None, env: gym.Env[Any, An
         data,
         observation_space=env.observation_space,
         action_space=env.action_space,
-        env_spec=_plain_spec(env),
+        env_spec=plain_spec(env),
         data_format="arrow",
         jpeg_encoding=False,
     )

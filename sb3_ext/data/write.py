@@ -97,8 +97,14 @@ def return_statistics(returns: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _plain_spec(env: gym.Env[Any, Any]) -> EnvSpec:
-    """Spec from which users can build the environment again, without what only observes it."""
+def plain_spec(env: gym.Env[Any, Any]) -> EnvSpec:
+    """
+    Spec from which users can build an environment again, without what only observes it.
+
+    :param env: built with ``gymnasium.make``
+    :return: its spec
+    :raises ValueError: if it has none
+    """
     spec = deepcopy(env.spec)
     if spec is None:
         raise ValueError("The environment has no spec; build it with gymnasium.make so that users can build it again.")
@@ -137,8 +143,13 @@ def check_new_id(dataset_id: str, overwrite: bool = False) -> tuple[str | None, 
     return match["namespace"], folder
 
 
-def _requirements(env: gym.Env[Any, Any]) -> list[str]:
-    """Pip requirements of the environment: the distribution of each package its classes come from."""
+def requirements(env: gym.Env[Any, Any]) -> list[str]:
+    """
+    Pip requirements of an environment: the distribution of each package its classes come from.
+
+    :param env: with its wrappers
+    :return: ``name==version`` of each
+    """
     owners = importlib.metadata.packages_distributions()
     modules = {"gymnasium"}
     layer: gym.Env[Any, Any] = env
@@ -201,7 +212,7 @@ def write_dataset(
     :raises ValueError: if the id is malformed, lacks a version, is taken, or there is no episode
     """
     namespace, final = check_new_id(dataset_id, overwrite)
-    spec = _plain_spec(env)
+    spec = plain_spec(env)
     observation_space = env.observation_space
     if data_format is None:
         data_format = "parquet" if is_frame_space(observation_space) else "hdf5"
@@ -240,7 +251,7 @@ def write_dataset(
             "author_email": {author_email},
             "code_permalink": code_permalink,
             "description": description,
-            "requirements": _requirements(env),
+            "requirements": requirements(env),
             "eval_env_spec": spec.to_json(),
             "behaviour_return": returns,
             "python_version": platform.python_version(),

@@ -8,10 +8,10 @@ from stable_baselines3.common.policies import BasePolicy
 
 from sb3_ext.common.frames import ArrayFrames, gather_stacks
 from sb3_ext.common.sequences import SequenceReplayBuffer
-from sb3_ext.data.checks import DatasetError, same_actions
-from sb3_ext.data.envs import is_frame_space, to_channel_first
+from sb3_ext.data.checks import DatasetError, check_same_actions, frames_per_observation
+from sb3_ext.data.envs import to_channel_first
 from sb3_ext.data.minari import DatasetLike
-from sb3_ext.data.source import Source, open_source
+from sb3_ext.data.source import open_source
 
 
 def fill_replay_buffer(buffer: SequenceReplayBuffer, dataset: DatasetLike, policy: BasePolicy) -> int:
@@ -33,7 +33,8 @@ def fill_replay_buffer(buffer: SequenceReplayBuffer, dataset: DatasetLike, polic
         raise ValueError(f"A dataset can be learnt from with one environment only, there are {buffer.n_envs}.")
     source = open_source(dataset, continuous=True)
     source.warn_if_lossy()
-    stack = _stack(source, buffer)
+    stack = frames_per_observation(source.name, source.observation_space, buffer.observation_space)
+    check_same_actions(source.name, source.action_space, buffer.action_space)
     storage = source.open()
     lengths = source.episode_lengths(storage)
     total = int(lengths.sum())
@@ -46,7 +47,7 @@ def fill_replay_buffer(buffer: SequenceReplayBuffer, dataset: DatasetLike, polic
         pass
     for episode in source.read(source.open(), source.episodes, lengths, strict=True):
         frames, actions = episode.observations, np.asarray(episode.actions)
-        if is_frame_space(source.observation_space):
+        if source.observation_space.shape != buffer.observation_space.shape:
             frames = to_channel_first(frames, source.observation_space)
         if isinstance(buffer.action_space, spaces.Box):
             actions = policy.scale_action(actions)
@@ -58,25 +59,3 @@ def fill_replay_buffer(buffer: SequenceReplayBuffer, dataset: DatasetLike, polic
             now, then = observations[t : t + 1], following[t : t + 1]
             buffer.add(now, then, actions[t : t + 1], episode.rewards[t], np.array([end]), infos)
     return total
-
-
-def _stack(source: Source, buffer: SequenceReplayBuffer) -> int:
-    """How many recorded frames the agent sees at once; refuses datasets of another environment."""
-    theirs, ours = source.observation_space, buffer.observation_space
-    assert isinstance(ours, spaces.Box)
-    shape = theirs.shape
-    if is_frame_space(theirs):
-        shape = to_channel_first(np.zeros((1, *theirs.shape), theirs.dtype), theirs).shape[1:]
-    images = is_frame_space(theirs) and len(shape) == len(ours.shape) == 3
-    fits = shape == ours.shape or (images and shape[1:] == ours.shape[1:] and ours.shape[0] % shape[0] == 0)
-    if not fits:
-        raise DatasetError(
-            f"{source.name} is of another environment, or recorded through other wrappers: its observations have shape "
-            f"{theirs.shape}, the model's {ours.shape}."
-        )
-    if not same_actions(source.action_space, buffer.action_space):
-        raise DatasetError(
-            f"{source.name} is of another environment: its actions are {source.action_space}, the model's "
-            f"{buffer.action_space}."
-        )
-    return ours.shape[0] // shape[0] if images else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_ext.data import DatasetError, Episode
-from sb3_ext.data.checks import check_actions, check_observations, same_actions
+from sb3_ext.data.checks import check_actions, check_observations, check_same_actions, frames_per_observation
 from sb3_ext.data.envs import is_frame_space, to_channel_first
 from sb3_ext.data.source import DatasetLike, env_spec, open_source
 
@@ -73,7 +73,10 @@ class Demonstrations:
         self.name, found, frame_space = _read(demonstrations, observation_space, action_space, env)
         if not found:
             raise DatasetError(f"{self.name}: there is no episode in it.")
-        self.trajectories, self.frame_stack = _fit(self.name, found, frame_space, observation_space)
+        self.frame_stack = frames_per_observation(self.name, frame_space, observation_space)
+        if frame_space.shape != observation_space.shape:
+            found = [replace(d, observations=to_channel_first(d.observations, frame_space)) for d in found]
+        self.trajectories = found
         lengths = np.array([len(d.actions) for d in self.trajectories])
         self.device = th.device(device)
         self._frames = th.as_tensor(np.concatenate([d.observations for d in self.trajectories]))
@@ -206,14 +209,10 @@ def _read_minari(
 ) -> tuple[str, list[Demonstration], spaces.Space[Any]]:
     source = open_source(dataset, continuous=True)
     source.warn_if_lossy()
-    if not same_actions(source.action_space, action_space):
-        raise DatasetError(
-            f"{source.name} is of another environment: its actions are {source.action_space}, those of the environment "
-            f"to train in {action_space}."
-        )
+    check_same_actions(source.name, source.action_space, action_space)
+    frames_per_observation(source.name, source.observation_space, observation_space)
     theirs, ours = (env_spec(source.metadata) or {}).get("id"), getattr(_spec(env), "id", None)
     found = [Demonstration(e.observations, e.actions, e.terminated) for e in source.read_all()]
-    _fit(source.name, found[:1], source.observation_space, observation_space)
     if theirs and ours and theirs != ours:
         warnings.warn(
             f"{source.name} was made in {theirs}, the environment to train in is {ours}; their spaces agree.",
@@ -296,25 +295,3 @@ def _check(
         observations = check_observations(d.observations, observation_space, where)
         checked.append(Demonstration(observations, check_actions(d.actions, action_space, where), d.terminated))
     return checked
-
-
-def _fit(
-    name: str, found: list[Demonstration], space: spaces.Space[Any], wanted: spaces.Space[Any]
-) -> tuple[list[Demonstration], int]:
-    """Bring frames to the agent's layout; how many of them it sees at once."""
-    assert wanted.shape is not None
-    images = is_frame_space(space) and is_frame_space(wanted)
-    if images and space.shape != wanted.shape:
-        found = [Demonstration(to_channel_first(d.observations, space), d.actions, d.terminated) for d in found]
-    shape = found[0].observations.shape[1:]
-    if shape == wanted.shape:
-        return found, 1
-    if images and len(shape) == len(wanted.shape) and shape[1:] == wanted.shape[1:] and wanted.shape[0] % shape[0] == 0:
-        return found, wanted.shape[0] // shape[0]
-    hint = ""
-    if images:
-        hint = " Pictures must be channel first in the environment, with a whole number of recorded frames in a stack."
-    raise DatasetError(
-        f"{name}: recorded in another environment, or through other wrappers: its observations have shape "
-        f"{space.shape}, those of the environment to train in {wanted.shape}.{hint}"
-    )

@@ -62,7 +62,7 @@ def our_search(task: str, batch: int) -> Callable[[], None]:
     import torch as th
     from torch import nn
 
-    from sb3_ext.efficientzero.fast import compile_mlp, decode
+    from sb3_ext.efficientzero.fast import CHUNK, compile_mlp, decode
     from sb3_ext.efficientzero.search import RecurrentOutput, gumbel_search
 
     th.set_num_threads(1)
@@ -97,17 +97,14 @@ def our_search(task: str, batch: int) -> Callable[[], None]:
             return compile_mlp(nn.Sequential(nn.Linear(n_in, WIDTH), nn.ReLU(), nn.Linear(WIDTH, n_out)))
 
         dynamics, reward, prediction = net(WIDTH + A, WIDTH), net(WIDTH, n), net(WIDTH, A + n)
-        x, one_hot, support = (
-            np.empty((batch, WIDTH + A), np.float32),
-            np.eye(A, dtype=np.float32),
-            np.linspace(-18, 18, n),
-        )
-        support = support.astype(np.float32)
+        buffer, one_hot = np.empty((batch, WIDTH + A), np.float32), np.eye(A, dtype=np.float32)
+        support = np.linspace(-18, 18, n, dtype=np.float32)
 
         def head(out: Any) -> Any:
             return out[:, 0] if n == 1 else decode(out, support, 0.001)
 
         def model(states: Any, actions: Any) -> RecurrentOutput:
+            x = buffer[: len(states)]
             x[:, :WIDTH] = states
             x[:, WIDTH:] = one_hot[actions]
             new = dynamics(x)
@@ -115,8 +112,13 @@ def our_search(task: str, batch: int) -> Callable[[], None]:
             out = prediction(new)
             return RecurrentOutput(head(reward(new)), head(out[:, A:]), out[:, :A], new)
 
+    chunk = None if task.startswith("tree") else CHUNK  # as the policy does it
+
     def step() -> None:
-        gumbel_search(logits, values, embedding, model, num_simulations=N, max_num_considered_actions=A, gamma=GAMMA)
+        gumbel_search(
+            logits, values, embedding, model, num_simulations=N, max_num_considered_actions=A, gamma=GAMMA,
+            roots_at_once=chunk,
+        )  # fmt: skip
 
     return step
 

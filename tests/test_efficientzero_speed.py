@@ -14,7 +14,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ext import EfficientZeroV2
 from sb3_ext.common.sequences import SequenceReplayBuffer
+from sb3_ext.efficientzero import policies
 from sb3_ext.efficientzero.meter import Rate, flush_rate
+from sb3_ext.efficientzero.search import gumbel_search
 from sb3_ext.efficientzero.unroll import unrolled_loss
 from tests.test_efficientzero import SMALL, TINY_CNN
 
@@ -118,6 +120,30 @@ def test_bf16_of_vectors() -> None:
     one, two = (th.nn.utils.parameters_to_vector(m.policy.parameters()) for m in (model, plain))
     assert not th.equal(one, two)
     th.testing.assert_close(one, two, rtol=0, atol=0.05)
+
+
+def test_many_roots_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = EfficientZeroV2("MlpPolicy", "CartPole-v1", seed=0, **SMALL).policy
+    for parameter in policy.parameters():
+        if parameter.ndim > 1:  # heads start at zero
+            th.nn.init.orthogonal_(parameter)
+    roots = policy.roots(th.randn(2 * policies.CHUNK + 7, 4))
+    sizes, outputs = [], []
+
+    def search(*args: Any, **kwargs: Any) -> Any:
+        sizes.append(kwargs["roots_at_once"])
+        return gumbel_search(*args, **kwargs)
+
+    monkeypatch.setattr(policies, "gumbel_search", search)
+    for size in (policies.CHUNK, 10_000):
+        monkeypatch.setattr(policies, "CHUNK", size)
+        th.manual_seed(0)
+        outputs.append(policy.plan(roots, noise=True)[0])
+    assert sizes == [256, 10_000]
+    for part, whole in zip(outputs[0][:-1], outputs[1][:-1], strict=True):
+        np.testing.assert_array_equal(part, whole)
+    for field in ("values", "visits", "children"):
+        np.testing.assert_array_equal(*(getattr(output.tree, field) for output in outputs))
 
 
 def test_rates() -> None:

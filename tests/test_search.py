@@ -241,6 +241,25 @@ def test_numpy_torch_tuples_and_twice() -> None:
     assert all(np.array_equal(x, y) for x, y in zip(kept, (logits, values, states, gumbel, invalid), strict=True))
 
 
+@pytest.mark.parametrize("roots_at_once", [1, 4, 9, 100])
+def test_roots_in_parts_equal_all_roots_at_once(roots_at_once: int) -> None:
+    table = Table(7, 4, 3, False)
+    logits, values, states, gumbel, invalid = roots(8, 9, 4)
+    options: dict[str, Any] = {"num_simulations": 16, "max_num_considered_actions": 4, "gamma": 0.99}
+    options |= {"gumbel": gumbel, "invalid_actions": invalid}
+    calls: list[int] = []
+
+    def counted(embedding: Any, actions: Any) -> RecurrentOutput:
+        calls.append(len(actions))
+        return table.pair(embedding, actions)
+
+    whole = gumbel_search(logits, values, states, table.numpy, **options)
+    pair = (states, table.half(states))
+    same(whole, gumbel_search(logits, values, pair, counted, roots_at_once=roots_at_once, **options))
+    sizes = [min(roots_at_once, 9 - start) for start in range(0, 9, roots_at_once)]
+    assert calls == [size for size in sizes for _ in range(16)]
+
+
 def bandit(q: Any) -> Callable[[Any, Any], RecurrentOutput]:
     """One step with exact rewards, then nothing."""
 
@@ -364,6 +383,7 @@ def at(place: Any, number: float, shape: tuple[int, ...]) -> Any:
     [
         ({"num_simulations": 0}, "num_simulations must be at least 1, got 0"),
         ({"max_num_considered_actions": 0}, "max_num_considered_actions must be at least 1"),
+        ({"roots_at_once": 0}, "roots_at_once must be at least 1, got 0"),
         ({"min_range": 0.0}, "min_range"),
         ({"prior_logits": np.zeros(4)}, r"prior_logits must be \[B, A\]"),
         ({"values": np.zeros((3, 1))}, r"values must have shape \(3,\)"),
@@ -373,6 +393,10 @@ def at(place: Any, number: float, shape: tuple[int, ...]) -> Any:
         ({"invalid_actions": at(1, 1, (3, 4)) > 0}, r"Row 1 has no legal action \(root\)"),
         ({"embedding": np.zeros((2, 1))}, "3 rows of logits, but an embedding of shape"),
         ({"values": at(2, np.nan, (3,))}, r"a value that is not finite \(root, row 2\)"),
+        (
+            {"values": at(2, np.nan, (3,)), "roots_at_once": 1, "recurrent_fn": bandit(np.zeros((1, 4)))},
+            r"a value that is not finite \(root, row 2\)",
+        ),
         ({"prior_logits": at((1, 3), np.inf, (3, 4))}, r"a logit that is NaN or infinite \(root, row 1\)"),
         ({"prior_logits": at((1, 3), np.nan, (3, 4))}, r"a logit that is NaN or infinite \(root, row 1\)"),
     ],

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sb3_ext.common.losses import inverse_value_transform, two_hot, value_transform
 from sb3_ext.efficientzero.calls import Calls
 from sb3_ext.efficientzero.device_search import DeviceSearch
+from sb3_ext.efficientzero.fast import CHUNK
 from sb3_ext.efficientzero.fast_network import EPS, FastNetwork, Roots
 from sb3_ext.efficientzero.gaussian import INNER_ACTIONS, inner_samples, root_samples, squashed_normal
 from sb3_ext.efficientzero.masking import MaskedPolicy
@@ -266,7 +267,7 @@ class EfficientZeroPolicy(MaskedPolicy):
             out = gumbel_search(
                 logits, roots.values, parts if len(parts) > 1 else parts[0], recurrent,
                 num_simulations=self.num_simulations, max_num_considered_actions=self.considered, gamma=self.gamma,
-                gumbel=gumbel, invalid_actions=invalid,
+                gumbel=gumbel, invalid_actions=invalid, roots_at_once=None if fast is None else CHUNK,
             )  # fmt: skip
         return out, sampled
 

@@ -128,26 +128,23 @@ class _Pool:
         return self.rows.index_select(0, indices)
 
 
-class _Whole:
+class _Called:
     """
-    The lane of all roots: a callable, which is run when its step is launched.
+    A lane that is a callable, which is run when its step is launched.
 
-    :param embedding: of the roots
+    :param embedding: of all roots
     :param recurrent_fn: the callable
     :param nodes: per tree
-    :param batch: B
+    :param rows: the lane's roots
     """
 
     def __init__(
-        self, embedding: Embedding, recurrent_fn: Callable[[Any, Any], RecurrentOutput], nodes: int, batch: int
+        self, embedding: Embedding, recurrent_fn: Callable[[Any, Any], RecurrentOutput], nodes: int, rows: slice
     ) -> None:
         parts: tuple[Any, ...] = embedding if isinstance(embedding, tuple) else (embedding,)
-        for part in parts:
-            if len(part) != batch:
-                raise ValueError(f"There are {batch} rows of logits, but an embedding of shape {tuple(part.shape)}.")
-        self.rows = slice(0, batch)
+        self.rows = rows
         self._function, self._several = recurrent_fn, isinstance(embedding, tuple)
-        self._pools = [_Pool(part, nodes) for part in parts]
+        self._pools = [_Pool(part[rows], nodes) for part in parts]
         self._nodes, self._node = nodes, 0
         self._device = parts[0].device if isinstance(parts[0], th.Tensor) else None
         self._out: RecurrentOutput
@@ -183,6 +180,7 @@ def gumbel_search(
     gamma: float,
     gumbel: Any = None,
     invalid_actions: Any = None,
+    roots_at_once: int | None = None,
     c_visit: float = 50.0,
     c_scale: float = 0.1,
     min_range: float = 0.01,
@@ -203,14 +201,17 @@ def gumbel_search(
     :param prior_logits: of the root's actions, ``[B, A]``; ``-inf``: there is no such action
     :param values: the network's value of the root, ``[B]``
     :param embedding: of the root, an array or tensor ``[B, ...]``, or a tuple of those; with lanes not looked at
-    :param recurrent_fn: ``(embedding, actions [B]) -> RecurrentOutput``, called once per simulation with all roots.
-        Actions are numbers of slots, int64: a tensor on the embedding's device, or numpy with numpy. Its arguments
-        belong to the search, which may write to them later. Or lanes that together hold all roots, in order.
+    :param recurrent_fn: ``(embedding, actions [B]) -> RecurrentOutput``, called once per simulation with all roots, or
+        with ``roots_at_once`` of them. Actions are numbers of slots, int64: a tensor on the embedding's device, or
+        numpy with numpy. Its arguments belong to the search, which may write to them later. Or lanes that together hold
+        all roots, in order.
     :param num_simulations: N, per root
     :param max_num_considered_actions: m; rows with fewer legal actions consider those
     :param gamma: discount factor per action
     :param gumbel: Gumbel noise ``[B, A]``; None: no noise
     :param invalid_actions: actions forbidden at the root, ``[B, A]`` bool
+    :param roots_at_once: search so many roots to the end before the next ones, so that what the search wrote is in the
+        caches when it reads it; None: all; lanes have their own division
     :param c_visit: visits added in sigma; higher: Q counts more against the prior from the first visit on
     :param c_scale: factor of sigma; higher: Q counts more against the prior
     :param min_range: smallest range of Q that is stretched to 1
@@ -221,6 +222,7 @@ def gumbel_search(
     for name, number in {
         "num_simulations": num_simulations,
         "max_num_considered_actions": max_num_considered_actions,
+        "roots_at_once": 1 if roots_at_once is None else roots_at_once,
     }.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
@@ -231,29 +233,55 @@ def gumbel_search(
     data = np.empty((batch, ROW + 2 * slots + (num_simulations + 1) * (NODE + FIELDS * slots)))
     settings = np.array([gamma, c_visit, c_scale, min_range, slots, num_simulations], np.float64)
     actions, sources = np.empty(batch, np.int64), np.empty(batch, np.int64)
-    lanes: Sequence[Lane] = (
-        [_Whole(embedding, recurrent_fn, num_simulations, batch)] if callable(recurrent_fn) else recurrent_fn
-    )
-    views = [(lane, data[lane.rows], actions[lane.rows], sources[lane.rows]) for lane in lanes]
-    for lane, trees, chosen, where in views:
-        rows = lane.rows
-        considered = max_num_considered_actions
-        code = plant(trees, logits[rows], values[rows], noise[rows], considered, settings, chosen, where)
-        if code >= 0:
-            raise ValueError(_problem(code, "root", rows))
-        lane.launch(where, chosen)
-    for simulation in range(num_simulations):
-        for lane, trees, chosen, where in views:
-            rewards, values, logits = _network_arrays(lane.collect(), len(trees), slots)
-            code = step(trees, rewards, values, logits, simulation, settings, chosen, where)
-            if code >= 0:
-                raise ValueError(_problem(code, f"simulation {simulation}", lane.rows))
-            if simulation + 1 < num_simulations:
-                lane.launch(where, chosen)
+    roots = logits, values, noise, max_num_considered_actions
+    if callable(recurrent_fn):
+        _check_embedding(embedding, batch)
+        size = roots_at_once or batch
+        for start in range(0, batch, size):
+            rows = slice(start, min(start + size, batch))
+            _search([_Called(embedding, recurrent_fn, num_simulations, rows)], roots, data, settings, actions, sources)
+    else:
+        _search(recurrent_fn, roots, data, settings, actions, sources)
     policy, completed = np.empty((batch, slots), np.float32), np.empty((batch, slots), np.float32)
     root_values, counts = np.empty(batch, np.float32), np.empty((batch, slots), np.int32)
     finish(data, settings, actions, policy, root_values, counts, completed)
     return SearchOutput(actions, policy, root_values, counts, completed, Tree(data, slots))
+
+
+def _search(
+    lanes: Sequence[Lane],
+    roots: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], int],
+    data: NDArray[np.float64],
+    settings: NDArray[np.float64],
+    actions: NDArray[np.int64],
+    sources: NDArray[np.int64],
+) -> None:
+    """
+    Fill the rows of some lanes.
+
+    :param roots: logits, values, noise and the number of considered actions
+    :param data: trees
+    :param settings: of the compiled steps
+    :param actions: the chosen slots
+    :param sources: where the network starts from
+    """
+    logits, values, noise, considered = roots
+    views = [(lane, data[lane.rows], actions[lane.rows], sources[lane.rows]) for lane in lanes]
+    for lane, trees, chosen, where in views:
+        rows = lane.rows
+        code = plant(trees, logits[rows], values[rows], noise[rows], considered, settings, chosen, where)
+        if code >= 0:
+            raise ValueError(_problem(code, "root", rows))
+        lane.launch(where, chosen)
+    num_simulations = int(settings[-1])
+    for simulation in range(num_simulations):
+        for lane, trees, chosen, where in views:
+            found = _network_arrays(lane.collect(), len(trees), logits.shape[1])
+            code = step(trees, *found, simulation, settings, chosen, where)
+            if code >= 0:
+                raise ValueError(_problem(code, f"simulation {simulation}", lane.rows))
+            if simulation + 1 < num_simulations:
+                lane.launch(where, chosen)
 
 
 def _root_arrays(
@@ -312,6 +340,12 @@ def principal_line(tree: Tree, row: int) -> list[int]:
         line.append(slot)
         node = children[node, slot]
     return line
+
+
+def _check_embedding(embedding: Embedding, batch: int) -> None:
+    for part in embedding if isinstance(embedding, tuple) else (embedding,):
+        if len(part) != batch:
+            raise ValueError(f"There are {batch} rows of logits, but an embedding of shape {tuple(part.shape)}.")
 
 
 def _check_shape(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:

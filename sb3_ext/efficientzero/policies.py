@@ -264,10 +264,12 @@ class EfficientZeroPolicy(MaskedPolicy):
                 if self._device_search is None:
                     self._device_search = DeviceSearch(self._step)
                 recurrent = self._device_search.start(parts, self.num_simulations)
+            # with sampled actions below the root a step has a part in torch, which is faster with all roots
+            at_once = CHUNK if fast is not None and self.discrete else None
             out = gumbel_search(
                 logits, roots.values, parts if len(parts) > 1 else parts[0], recurrent,
                 num_simulations=self.num_simulations, max_num_considered_actions=self.considered, gamma=self.gamma,
-                gumbel=gumbel, invalid_actions=invalid, roots_at_once=None if fast is None else CHUNK,
+                gumbel=gumbel, invalid_actions=invalid, roots_at_once=at_once,
             )  # fmt: skip
         return out, sampled
 

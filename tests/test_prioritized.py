@@ -1,5 +1,6 @@
 """Prioritized replay: what is drawn, how it is weighted, and that every stored transition comes back as it was."""
 
+import itertools
 import pickle
 import warnings
 from pathlib import Path
@@ -95,15 +96,15 @@ def test_full_correction_makes_weighted_means_unbiased() -> None:
 
 
 def test_ranks() -> None:
-    errors = np.array([0.3, 8.0, 0.1, 1e9, 2.0])
-    priorities = Priorities(20, alpha=0.7, rank_based=True, seed=0)
-    priorities.activate(np.arange(5))
-    priorities.update(np.arange(5), errors)  # more than a tenth of the items: sorted now
+    errors = np.append([0.3, 8.0, 0.1, 1e9, 2.0], np.zeros(45))
+    priorities = Priorities(200, alpha=0.7, rank_based=True, seed=0)
+    priorities.activate(np.arange(50))
+    priorities.update(np.arange(50), errors)  # sorted now
     np.testing.assert_allclose(priorities.tree.leaves[:5], np.array([4, 2, 5, 1, 3.0]) ** -0.7)
     priorities.update([2], [5.0])  # between 8 and 2 of the last sorting; not sorted yet
     np.testing.assert_allclose(priorities.tree.leaves[:5], np.array([4, 2, 3, 1, 3.0]) ** -0.7)
     priorities.deactivate([3])
-    priorities.update([2], [5.0])
+    priorities.update([2] * 5, [5.0] * 5)  # more than a tenth of the items changed: sorted
     np.testing.assert_allclose(priorities.tree.leaves[:5], [0.25**0.7, 1, 0.5**0.7, 0, (1 / 3) ** 0.7])
 
 
@@ -318,13 +319,51 @@ def test_memory_above_uniform() -> None:
     assert (used - sum(a.nbytes for a in (*theirs, uniform.timeouts))) / 10_000 < 25
 
 
-def test_reset_forgets() -> None:
-    buffer = PrioritizedReplayBuffer(50, VECTOR, spaces.Discrete(2), n_steps=2)
-    play(buffer, [Player(VECTOR, 1, 10, 0)], 20)
-    buffer.reset()
-    assert buffer.size() == 0
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset_forgets(kind: str) -> None:
+    space, frame_stack, arguments = KINDS[kind]
+    once, twice = (
+        PrioritizedReplayBuffer(60, space, spaces.Discrete(2), n_steps=2, seed=0, **arguments) for _ in range(2)
+    )
+    play(twice, [Player(space, frame_stack, 10, 0)], 35)
+    twice.reset()
+    assert twice.size() == 0
     with pytest.raises(ValueError, match="all priorities are 0"):
-        buffer.sample(1)
+        twice.sample(1)
+    for buffer in (once, twice):
+        play(buffer, [Player(space, frame_stack, 2, 1)], 60)
+    np.testing.assert_array_equal(once.priorities.tree.leaves, twice.priorities.tree.leaves)
+    drawable = np.flatnonzero(once.priorities.tree.leaves)
+    wanted, found = (x._gather(drawable, np.ones(len(drawable), np.float32), None) for x in (once, twice))
+    for k in range(len(drawable)):
+        same(row(wanted.observations, k), row(found.observations, k))
+        same(row(wanted.next_observations, k), row(found.next_observations, k))
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+def test_observations_of_another_dtype_go_on(optimize: bool) -> None:
+    buffer = PrioritizedReplayBuffer(
+        50,
+        spaces.Box(-1, 1, (2,), np.float32),
+        spaces.Discrete(2),
+        n_steps=3,
+        gamma=0.9,
+        optimize_memory_usage=optimize,
+    )
+    states = np.random.default_rng(0).random((11, 1, 2))  # float64: as float32 they are others
+    for now, after in itertools.pairwise(states):
+        buffer.add(now, after, np.zeros(1), np.ones(1), np.zeros(1), [{}])
+    np.testing.assert_allclose(buffer.sample(20).discounts.numpy(), 0.9**3, rtol=1e-6)
+
+
+def test_ranks_are_looked_up_from_the_beginning() -> None:
+    priorities = Priorities(1_000_000, rank_based=True, seed=0)
+    priorities.activate_range(0, 100)
+    for _ in range(10):
+        priorities.update(np.arange(100), np.arange(100.0))
+    mass = priorities.tree.leaves[:100]
+    assert len(set(mass.tolist())) == 100
+    assert (np.diff(mass) > 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

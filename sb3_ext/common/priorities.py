@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from sb3_ext.common.sum_tree import SumTree
 
 _SORT_EVERY = 0.1
-"""Share of the items whose errors may change before ranks are sorted anew; on the blind cliffwalk as good as a heap."""
+"""Share of the sorted items whose errors may change before they are sorted anew; on the blind cliffwalk as good as a
+heap."""
 
 
 @njit(cache=True)
@@ -171,7 +172,7 @@ class Priorities:
             self.tree.update(indices, ranks**-self.alpha, revive=False)
             self._errors[np.asarray(indices)] = priorities
             self._changed += len(priorities)
-            if self._changed >= _SORT_EVERY * self.tree.capacity:
+            if self._changed > _SORT_EVERY * len(self._order):
                 self._sort()
         self.max_priority = max(self.max_priority, largest)
 

@@ -136,6 +136,8 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         if hasattr(self, "priorities"):
             self.priorities.tree.fill(0, self.buffer_size * self.n_envs, 0.0)
             self._goes_on[:], self._pending[:] = False, 0
+            if isinstance(self.store, RingStore):
+                self.store.reset()
 
     def add(
         self,

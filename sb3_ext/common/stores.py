@@ -40,7 +40,8 @@ class PairStore:
         :return: ``[E]``
         """
         last = self.next_observations[self._newest]
-        same: NDArray[np.bool_] = (last == obs.reshape(last.shape)).reshape(len(last), -1).all(axis=1)
+        obs = obs.reshape(last.shape).astype(last.dtype, copy=False)  # what is stored has the space's dtype
+        same: NDArray[np.bool_] = (last == obs).reshape(len(last), -1).all(axis=1)
         return same
 
     def add(self, pos: int, obs: NDArray[Any], next_obs: NDArray[Any], _goes_on: NDArray[np.bool_]) -> Expired:
@@ -148,8 +149,13 @@ class RingStore:
         self._rows = np.zeros((size, n_envs), np.int64)
         self._last = np.zeros((n_envs, *space.shape), space.dtype)
 
+    def reset(self) -> None:
+        """Forget every step; the next one goes to position 0."""
+        self._first[:], self._added = 0, 0
+
     def continues(self, obs: NDArray[Any]) -> NDArray[np.bool_]:
         """See :meth:`PairStore.continues`."""
+        obs = obs.astype(self._last.dtype, copy=False)
         return np.array([np.array_equal(a, b) for a, b in zip(self._last, obs, strict=True)])
 
     def _append(self, env: int, frames: NDArray[Any]) -> None:

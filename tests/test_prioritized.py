@@ -1,5 +1,6 @@
 """Prioritized replay: what is drawn, how it is weighted, and that every stored transition comes back as it was."""
 
+import contextlib
 import itertools
 import pickle
 import warnings
@@ -14,6 +15,7 @@ import stable_baselines3 as sb3
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_ext import CQL, DQN, QRDQN, PrioritizedReplayBuffer, make_eval_env
@@ -457,6 +459,43 @@ def test_learning_again_cuts_the_sequence_where_it_was_left() -> None:
     assert model.replay_buffer._ends[:6, 0].tolist() == [False] * 4 + [True, False]
     assert model.replay_buffer.dones[:6].sum() == 0
     assert (model.replay_buffer.priorities.tree.leaves[:5] > 0).all()
+
+
+class StopAt(BaseCallback):
+    """Stop after some steps, by the return value or by an error."""
+
+    def __init__(self, step: int, error: bool) -> None:
+        super().__init__()
+        self.step, self.error = step, error
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == self.step and self.error:
+            raise KeyboardInterrupt
+        return self.num_timesteps < self.step
+
+
+@pytest.mark.parametrize("error", [False, True])
+@pytest.mark.parametrize("once", [False, True])
+def test_learning_on_after_a_stop_begins_anew(once: bool, error: bool) -> None:
+    model = DQN("MlpPolicy", "CartPole-v1", optimize_memory_usage=once, n_steps=3, train_freq=1, **PER)
+    with contextlib.suppress(KeyboardInterrupt):
+        model.learn(20, callback=StopAt(5, error))
+    assert model.replay_buffer.size() == 4  # SB3 asks callbacks before it stores a step
+    model.learn(6, reset_num_timesteps=False)
+    buffer = model.replay_buffer
+    assert buffer._ends[:5, 0].tolist() == [False] * 3 + [True, False]
+    before, after = buffer.store.take(np.arange(8), np.arange(8))
+    assert np.abs(before[4]).max() < 0.05  # CartPole begins there
+    assert np.abs(after - before).max() < 1.5
+    assert not np.array_equal(after[3], before[4])
+
+
+def test_loaded_models_have_todays_discount(tmp_path: Path) -> None:
+    DQN("MlpPolicy", "CartPole-v1", n_steps=3, replay_buffer_kwargs={"alpha": 0.5}, **PER).save(tmp_path / "model")
+    model = DQN.load(tmp_path / "model", gamma=0.5, n_steps=5)
+    assert (model.replay_buffer.n_steps, model.replay_buffer.gamma) == (5, 0.5)
+    assert model.replay_buffer.priorities.alpha == 0.5
+    assert model.replay_buffer_kwargs == {"alpha": 0.5}
 
 
 def test_online_frames_of_cql_are_kept_once(breakout: minari.MinariDataset) -> None:

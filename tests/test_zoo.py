@@ -23,7 +23,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_ext import BC, CQL, DQN, EfficientZeroV2, PrioritizedReplayBuffer, record
 from sb3_ext.data import make_atari_env
-from sb3_ext.zoo.config import Algo, ZooError, known_algos, load_algo, parse_overrides, read_entries, resolve
+from sb3_ext.zoo.config import Algo, ZooError, _argument, known_algos, load_algo, parse_overrides, read_entries, resolve
 from sb3_ext.zoo.main import build_parser, main
 from sb3_ext.zoo.runs import Run, find_run, list_runs, new_run, replay_buffer_of, steps_of
 from sb3_ext.zoo.tasks import find_task, make_envs
@@ -415,6 +415,10 @@ def test_mistakes_in_settings(here: Path, capsys: pytest.CaptureFixture[str], mo
     fails(capsys, train("-params", "seed:1"), "--seed")
     fails(capsys, train("-params", "dataset_kwargs:{subse: 1}"), "'subse'", "subset")
     fails(capsys, train("-params", "n_envs:2"), "n_envs")
+    fails(capsys, train("-params", "gamma:high"), "gamma must be a number, got 'high'")
+    fails(capsys, train("-params", "batch_size:0.5"), "batch_size must be a whole number, got 0.5")
+    fails(capsys, train("--eval-episodes", "0"), "--eval-episodes must be at least 1")
+    fails(capsys, train("-params", "replay_buffer_class:[1]", algo="dqn"), "no replay_buffer_class [1]")
     fails(capsys, train("-params", "gamma:!!python/object/apply:os.getcwd []"), "not plain YAML")
     fails(capsys, train(*conf("CartPole-v1: {gama: 1}")), "my.yml, entry 'CartPole-v1'", "'gama'", "gamma")
     fails(capsys, train(*conf("default: !!python/object/apply:os.mkdir [owned]")), "my.yml is not plain YAML")
@@ -494,12 +498,20 @@ def test_algorithms_plug_in(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     )
 
 
+def test_train_freq_in_episodes() -> None:
+    parameter = load_algo("dqn").parameters["train_freq"]
+    assert _argument("train_freq", [1, "episode"], parameter, "here") == (1, "episode")
+
+
 def test_prioritized_replay_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("-params", "replay_buffer_class:PrioritizedReplayBuffer", "replay_buffer_kwargs:{alpha: 0.7}", "n_steps:2")
     assert train(*words, "learning_starts:20", algo="dqn") == 0
     model = DQN.load(find_run("logs", "dqn", "CartPole-v1").final)
     assert model.replay_buffer_class is PrioritizedReplayBuffer
-    assert model.replay_buffer_kwargs == {"alpha": 0.7, "n_steps": 2, "gamma": 0.99}
+    assert model.replay_buffer_kwargs == {"alpha": 0.7}
+    assert model.replay_buffer is not None
+    assert model.replay_buffer.n_steps == 2
+    assert main(["enjoy", "--algo", "dqn", "--env", "CartPole-v1", "-n", "30"]) == 0
     assert train("-params", "replay_buffer_class:PrioritisedReplayBuffer", algo="dqn") != 0
     assert "did you mean PrioritizedReplayBuffer" in capsys.readouterr().err
 
@@ -517,6 +529,10 @@ def test_gail_trains_resumes_and_plays(datasets: Path, tmp_path: Path, capsys: p
     assert run.read("args")["dataset"] == DATASET
     assert main(["enjoy", *common, "-n", "30"]) == 0
     assert "Episode" in capsys.readouterr().out
+    record(None, gym.make("CartPole-v1"), "cartpole/other-v0", n_steps=100)
+    command[command.index(DATASET)] = "cartpole/other-v0"
+    assert main([*command, "-n", "384", "--resume", *GAIL_SMALL]) == 2
+    assert f"was started with the dataset {DATASET}, not cartpole/other-v0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 
 from sb3_ext.common.checkpoint import atomic_path
 from sb3_ext.common.prioritized import PrioritizedReplayBuffer
@@ -37,10 +37,11 @@ class WeightedMixin(OffPolicyAlgorithm):
         if kind is None or not issubclass(kind, PrioritizedReplayBuffer):
             super()._setup_model()
             return
-        self.replay_buffer_kwargs = {"n_steps": n_steps, "gamma": self.gamma, **self.replay_buffer_kwargs}
+        given = self.replay_buffer_kwargs
+        self.replay_buffer_kwargs = {"n_steps": n_steps, "gamma": self.gamma, **given}
         self.n_steps = 1
         super()._setup_model()
-        self.n_steps = n_steps
+        self.n_steps, self.replay_buffer_kwargs = n_steps, given
 
     def _setup_learn(
         self,
@@ -59,6 +60,24 @@ class WeightedMixin(OffPolicyAlgorithm):
             return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
         finally:
             self.optimize_memory_usage = optimize
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
+        """
+        Collect as SB3 does. Where a callback or an error stops it, the environment has made a step that is not stored,
+        so the next ``learn`` resets it.
+
+        :param args: see SB3
+        :param kwargs: see SB3
+        :return: see SB3
+        """
+        goes_on = False
+        try:
+            rollout = super().collect_rollouts(*args, **kwargs)
+            goes_on = rollout.continue_training
+        finally:
+            if not goes_on:
+                self._last_obs = None
+        return rollout
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """

@@ -316,9 +316,12 @@ def _positive(value: Any, key: str, where: str) -> int:
 def _argument(key: str, value: Any, parameter: inspect.Parameter, where: str) -> Any:
     """Turn ``lin_x`` into a schedule, a buffer's name into the class, ``1e5`` into an integer where one is wanted."""
     if key == "replay_buffer_class" and value is not None:
-        if value not in BUFFERS:
+        if not isinstance(value, str) or value not in BUFFERS:
             raise ZooError(f"{where}: there is no {key} {value!r}; {hint(str(value), BUFFERS)}")
         return EntryPoint(value, BUFFERS[value], "").load()
+    if key == "train_freq" and isinstance(value, list):
+        return tuple(value)
+    default = parameter.default
     if isinstance(value, str) and value.startswith("lin_"):
         from stable_baselines3.common.utils import LinearSchedule
 
@@ -326,5 +329,12 @@ def _argument(key: str, value: Any, parameter: inspect.Parameter, where: str) ->
             return LinearSchedule(float(value[4:]), 0.0, 1.0)
         except ValueError as error:
             raise ZooError(f"{where}: {key} must look like lin_0.001, got {value!r}.") from error
-    whole = isinstance(parameter.default, int) and not isinstance(parameter.default, bool)
-    return int(value) if whole and isinstance(value, float) and value.is_integer() else value
+    if isinstance(default, bool) or not isinstance(default, (int, float)):
+        return value
+    if isinstance(value, (str, list, dict)):
+        raise ZooError(f"{where}: {key} must be a number, got {value!r}.")
+    if isinstance(default, int) and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if parameter.annotation in (int, "int") and isinstance(value, float):
+        raise ZooError(f"{where}: {key} must be a whole number, got {value!r}.")
+    return value

@@ -44,8 +44,9 @@ def enjoy(args: argparse.Namespace, words: list[str]) -> None:
         set_random_seed(args.seed)
         if args.num_threads > 0:
             th.set_num_threads(args.num_threads)
-        # nothing is learned, so the smallest buffer will do
-        kwargs: dict[str, Any] = {"buffer_size": 1} if algo.replays else {}
+        # nothing is learned, so the smallest and simplest buffer will do
+        small = {"buffer_size": 1, "n_steps": 1, "replay_buffer_kwargs": {}, "optimize_memory_usage": False}
+        kwargs: dict[str, Any] = small if algo.replays else {}
         model = algo.cls.load(path, device=args.device, **kwargs)
         if args.verbose > 0:
             print(f"Loading {path} ({model.num_timesteps} steps)")

@@ -98,7 +98,7 @@ def train(args: argparse.Namespace, words: list[str]) -> None:
     with one_line_errors():
         task = find_task(args, algo, download=not args.dry_run)
     config = resolve(algo, file, entries, task.entries, overrides, args.n_timesteps, task.policy)
-    run, start = _find_start(args, config, slug(task.name))
+    run, start = _find_start(args, algo, config, slug(task.name))
     args.eval_freq = _eval_freq(args, algo)
     # a run in parts would begin each of them with an empty buffer
     args.save_replay_buffer |= args.resume and algo.replays and not algo.offline
@@ -135,6 +135,8 @@ def train(args: argparse.Namespace, words: list[str]) -> None:
 
 
 def _check_flags(args: argparse.Namespace, algo: Algo) -> None:
+    if args.eval_episodes < 1:
+        raise ZooError(f"--eval-episodes must be at least 1, got {args.eval_episodes}.")
     if args.trained_agent and steps_of(Path(args.trained_agent)) is None:
         raise ZooError(f"--trained-agent: {args.trained_agent} is not a saved model (a .zip file).")
     if algo.imitates and not args.dataset:
@@ -147,7 +149,7 @@ def _check_flags(args: argparse.Namespace, algo: Algo) -> None:
         raise ZooError('--tensorboard-log needs: pip install "sb3-ext[report]"')
 
 
-def _find_start(args: argparse.Namespace, config: Config, name: str) -> tuple[Run | None, Path | None]:
+def _find_start(args: argparse.Namespace, algo: Algo, config: Config, name: str) -> tuple[Run | None, Path | None]:
     """Run to go on with and model to start from, if there are any."""
     if args.trained_agent:
         return None, Path(args.trained_agent)
@@ -162,6 +164,11 @@ def _find_start(args: argparse.Namespace, config: Config, name: str) -> tuple[Ru
         raise ZooError(
             f"{run.path} was started with {key} {then.get(key)!r}, not {now.get(key)!r}; give the same settings, or "
             "start a new run without --resume."
+        )
+    dataset = run.read("args").get("dataset", args.dataset)
+    if algo.imitates and dataset != args.dataset:  # the others' runs have the dataset's name
+        raise ZooError(
+            f"{run.path} was started with the dataset {dataset}, not {args.dataset}; start a new run without --resume."
         )
     seed = run.read("args").get("seed", args.seed)
     if args.seed not in (-1, seed):

@@ -21,7 +21,7 @@ from imitation.data.wrappers import RolloutInfoWrapper
 from imitation.rewards.reward_nets import BasicRewardNet, BasicShapedRewardNet
 from imitation.util.logger import configure
 from imitation.util.networks import RunningNorm
-from stable_baselines3 import PPO
+from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -583,6 +583,20 @@ def test_normalised_observations(expert: minari.MinariDataset) -> None:
     assert not np.allclose(raw, normalised)
 
 
+def test_cloning_behind_a_new_vec_normalize(expert: minari.MinariDataset) -> None:
+    env = VecNormalize(make_vec_env("CartPole-v1", 2, seed=0))
+    model = GAIL("MlpPolicy", env, expert, seed=0, **SMALL)
+    model.pretrain(1)
+    demonstrations = model._demonstrations
+    assert demonstrations is not None
+    normalised = demonstrations.get(th.arange(len(demonstrations)), env)[0]
+    np.testing.assert_allclose(normalised.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(normalised.std(0), 1, atol=1e-2)
+    count = env.obs_rms.count  # type: ignore[union-attr]
+    model.pretrain(1)
+    assert env.obs_rms.count == count  # type: ignore[union-attr]
+
+
 # demonstrations
 
 
@@ -592,14 +606,12 @@ def test_every_kind_of_demonstration_gives_the_same_transitions() -> None:
     episodes = collect_episodes(balance, env, n_episodes=3)
     dataset = record(balance, env, "cartpole/short-v0", n_episodes=3)
     buffer = ReplayBuffer(200, *space, device="cpu", handle_timeout_termination=True)
-    small = ReplayBuffer(200, *space, device="cpu", optimize_memory_usage=True, handle_timeout_termination=False)
     for e in episodes:
         for t, (action, reward) in enumerate(zip(e.actions, e.rewards, strict=True)):
             last = t == len(e.rewards) - 1
             info = {"TimeLimit.truncated": last and not e.terminated}
             step = (e.observations[t : t + 1], e.observations[t + 1 : t + 2], np.array([action]), np.array([reward]))
             buffer.add(*step, np.array([last]), [info])
-            small.add(*step, np.array([last and e.terminated]), [info])
     venv = DummyVecEnv([lambda: env])
     trajectories = [Trajectory(e.observations, e.actions, None, True) for e in episodes]
     found = [Demonstrations(d, *space, venv) for d in (dataset, episodes, buffer, trajectories)]
@@ -628,6 +640,28 @@ def test_replay_buffer_that_has_wrapped() -> None:
         wanted, _, terminated, _, _ = env.step(int(action))
         np.testing.assert_allclose(after, wanted, atol=1e-4)
         assert terminated == bool(over)
+
+
+def test_actions_of_replay_buffers_are_the_environments() -> None:
+    env = gym.make("Pendulum-v1")
+    model = SAC("MlpPolicy", env, learning_starts=10, seed=0, buffer_size=100)
+    seen: list[Any] = []
+    step = env.step
+    env.step = lambda action: (seen.append(np.array(action)), step(action))[1]  # type: ignore[method-assign,func-returns-value]
+    model.learn(20)
+    found = Demonstrations(model.replay_buffer, env.observation_space, env.action_space)
+    np.testing.assert_allclose(found.get(th.arange(20))[1].numpy(), np.array(seen), rtol=1e-5, atol=1e-6)
+    assert np.abs(seen).max() > 1
+
+
+def test_replay_buffers_without_final_observations_are_refused() -> None:
+    env = gym.make("CartPole-v1")
+    space = (env.observation_space, env.action_space)
+    once = ReplayBuffer(20, *space, device="cpu", optimize_memory_usage=True, handle_timeout_termination=False)
+    with pytest.raises(DatasetError, match=r"optimize_memory_usage=True, which loses .* sb3_ext.record"):
+        Demonstrations(once, *space)
+    with pytest.raises(DatasetError, match="is a PrioritizedReplayBuffer"):
+        Demonstrations(sb3_ext.PrioritizedReplayBuffer(20, *space), *space)
 
 
 def test_imitations_rollouts_with_infos() -> None:

@@ -17,6 +17,7 @@ from gymnasium import spaces
 from imitation.data.types import DictObs, Trajectory
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_ext.data import DatasetError, Episode
@@ -143,6 +144,19 @@ class Demonstrations:
         """
         return self.get(th.randint(len(self), (n,)), normalize, next_observations)
 
+    def begin_statistics(self, normalize: VecNormalize | None) -> None:
+        """
+        Give a wrapper that has seen no observation yet the mean and variance of these.
+
+        :param normalize: the wrapper
+        """
+        if normalize is None or not (normalize.norm_obs and normalize.training):
+            return
+        assert isinstance(normalize.obs_rms, RunningMeanStd)
+        if normalize.obs_rms.count < 1:
+            for which in th.arange(len(self)).split(1024):
+                normalize.obs_rms.update(self.get(which, next_observations=False)[0].cpu().numpy())
+
 
 def load_trajectories(demonstrations: DemonstrationsLike, env: gym.Env[Any, Any] | VecEnv) -> list[Trajectory]:
     """
@@ -255,6 +269,13 @@ def _split_buffer(buffer: ReplayBuffer) -> list[Demonstration]:
     """Episodes of each environment's column, in the order in which they were added."""
     if isinstance(buffer, DictReplayBuffer):
         raise DatasetError("The replay buffer has Dict observations; GAIL needs arrays.")
+    if not isinstance(getattr(buffer, "next_observations", None), np.ndarray):
+        why = (
+            "was made with optimize_memory_usage=True, which loses the last observation of every episode"
+            if type(buffer) is ReplayBuffer
+            else f"is a {type(buffer).__name__}, not SB3's ReplayBuffer"
+        )
+        raise DatasetError(f"The replay buffer {why}; record episodes of the agent with sb3_ext.record instead.")
     order = np.arange(buffer.size())
     if buffer.full:
         order = np.roll(order, -buffer.pos)
@@ -264,15 +285,21 @@ def _split_buffer(buffer: ReplayBuffer) -> list[Demonstration]:
         starts = [0, *(np.flatnonzero(dones[:-1]) + 1).tolist(), len(order)]
         for a, b in pairwise(starts):
             rows = order[a:b]
-            after = (rows[-1:] + 1) % buffer.buffer_size if buffer.optimize_memory_usage else rows[-1:]
-            last = (buffer.observations if buffer.optimize_memory_usage else buffer.next_observations)[after, column]
+            last = buffer.next_observations[rows[-1:], column]
             observations = np.concatenate([buffer.observations[rows, column], last])
-            actions = buffer.actions[rows, column]
-            if isinstance(buffer.action_space, spaces.Discrete):
-                actions = actions.reshape(-1)
             terminated = bool(dones[b - 1]) and not buffer.timeouts[rows[-1], column]
+            actions = _environment_actions(buffer.actions[rows, column], buffer.action_space)
             found.append(Demonstration(observations, actions, terminated))
     return found
+
+
+def _environment_actions(actions: NDArray[Any], space: spaces.Space[Any]) -> NDArray[Any]:
+    """Actions as the environment gets them: SB3's off-policy algorithms store continuous ones scaled to -1 to 1."""
+    if isinstance(space, spaces.Box) and space.is_bounded():
+        return (space.low + 0.5 * (actions.reshape(-1, *space.shape) + 1) * (space.high - space.low)).astype(
+            space.dtype
+        )
+    return actions.reshape(-1) if isinstance(space, spaces.Discrete) else actions
 
 
 def _frame_space(observations: NDArray[Any], space: spaces.Box) -> spaces.Box:

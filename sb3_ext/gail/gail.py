@@ -264,7 +264,8 @@ class GAIL(PPO):
         """
         Clone the demonstrated behaviour: maximise the log-likelihood of the expert's actions.
 
-        The standard deviation of continuous actions is left alone, or it would shrink until nothing is explored.
+        The standard deviation of continuous actions is left alone, or it would shrink until nothing is explored. A new
+        ``VecNormalize`` begins with the statistics of the demonstrations.
 
         :param n_epochs: passes over the demonstrations
         :param batch_size: transitions per gradient step
@@ -273,6 +274,7 @@ class GAIL(PPO):
         :raises ValueError: if there are no demonstrations
         """
         demonstrations = self._need_demonstrations()
+        demonstrations.begin_statistics(self._vec_normalize_env)
         parameters = [p for name, p in self.policy.named_parameters() if name != "log_std"]
         optimizer = th.optim.Adam(parameters, lr=learning_rate)
         self.policy.set_training_mode(True)

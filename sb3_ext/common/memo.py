@@ -26,30 +26,34 @@ class SearchMemo:
         """Whether the results of a search are known, ``[P + 1]``."""
         self.depth = 0.0
         """Of the last searches, mean."""
+        self.settings = ""
+        """What results depend on besides the network; see :meth:`follow`."""
         self._size = size
         self._arrays: dict[str, NDArray[Any]] = {}
-        self._fingerprint: int | None = None
-        self._versions: tuple[tuple[int, int], ...] = ()
+        self._fingerprint: tuple[int, str] | None = None
+        self._versions: tuple[str, tuple[tuple[int, int], ...]] = "", ()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_versions": ()}  # addresses mean nothing in another process
+        return self.__dict__ | {"_versions": ("", ())}  # addresses mean nothing in another process
 
     def follow(self, network: th.nn.Module) -> None:
         """
-        Forget everything if the network is not what it was at the last call, also before saving and loading.
+        Forget everything if the network or :attr:`settings` are not what they were at the last call, also before saving
+        and loading.
 
         :param network: that searches
         """
         tensors = network.state_dict().values()
-        versions = tuple((x.data_ptr(), x._version) for x in tensors)
+        versions = self.settings, tuple((x.data_ptr(), x._version) for x in tensors)
         if versions == self._versions:
             return
         fingerprint = 0
         for tensor in tensors:
             fingerprint = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(th.uint8).numpy(), fingerprint)
-        if fingerprint != self._fingerprint:
+        if (fingerprint, self.settings) != self._fingerprint:
             self.forget(slice(None))
-        self._fingerprint, self._versions = fingerprint, versions
+            self._arrays.clear()
+        self._fingerprint, self._versions = (fingerprint, self.settings), versions
 
     def forget(self, positions: NDArray[np.int64] | slice) -> None:
         """

@@ -12,7 +12,6 @@ import torch as th
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import configure_logger
 
@@ -24,6 +23,7 @@ from sb3_ext.common.training import LossOutput
 from sb3_ext.common.weighted import WeightedMixin
 from sb3_ext.data.minari import DatasetLike
 from sb3_ext.efficientzero.augment import random_intensity, random_shift
+from sb3_ext.efficientzero.checks import check_spaces
 from sb3_ext.efficientzero.explain import Explanation, explain
 from sb3_ext.efficientzero.masking import MaskedCollection
 from sb3_ext.efficientzero.meter import Rate, flush_rate
@@ -47,8 +47,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
     seed gives the same result on any machine of the same kind.
 
     Unlike the paper: values may be negative for continuous control too; value prefixes, which the paper has on Atari,
-    are an option, ``policy_kwargs=dict(network_kwargs=dict(value_prefix=True))``. docs/efficientzero.md lists all
-    differences.
+    are an option, ``policy_kwargs=dict(network_kwargs=dict(value_prefix=True))``. More in docs/efficientzero.md.
 
     :param policy: ``"MlpPolicy"`` for vectors, ``"CnnPolicy"`` for images, or a class
     :param env: environment with ``Box`` observations, and ``Discrete`` or ``Box`` actions
@@ -150,13 +149,13 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
     ) -> None:
         for name, number in (
             *(("n_steps", n_steps), ("unroll_steps", unroll_steps), ("num_simulations", num_simulations)),
-            *(("num_sampled_actions", num_sampled_actions), ("batch_size", batch_size)),
-            ("target_update_interval", target_update_interval),
+            *(("batch_size", batch_size), ("target_update_interval", target_update_interval)),
+            ("max_num_considered_actions", 1 if max_num_considered_actions is None else max_num_considered_actions),
         ):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}.")
-        if max_num_considered_actions is not None and max_num_considered_actions < 1:
-            raise ValueError(f"max_num_considered_actions must be at least 1, got {max_num_considered_actions}.")
+        if num_sampled_actions < 2:
+            raise ValueError(f"num_sampled_actions must be at least 2, got {num_sampled_actions}.")
         if value_target not in VALUE_TARGETS:
             raise ValueError(f"value_target must be one of {', '.join(VALUE_TARGETS)}, not {value_target!r}.")
         if search_value not in SEARCH_VALUES:
@@ -205,7 +204,11 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        self._check_spaces()
+        check_spaces(self.observation_space, self.action_space, self.policy_class, self.batch_size)
+        if self.image_shift is None:
+            shape = self.observation_space.shape
+            assert shape is not None
+            self.image_shift = 4 if len(shape) == 3 and min(shape[1:]) >= 32 else 0
         if self.ent_coef is None:
             self.ent_coef = 0.0 if isinstance(self.action_space, spaces.Discrete) else 5e-2
         plain, n_steps = self.policy_kwargs, self.n_steps
@@ -215,8 +218,8 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         )
         self.policy_kwargs = {name: getattr(self, name) for name in names} | plain
         buffer_kwargs = self.replay_buffer_kwargs
-        length = self.unroll_steps + (0 if self.value_target == "search" else n_steps)
-        self.replay_buffer_kwargs = {"alpha": 1.0, "beta": 1.0, **buffer_kwargs, "length": length}
+        length = {"length": self._window_length}
+        self.replay_buffer_kwargs = {"alpha": 1.0, "beta": 1.0, **buffer_kwargs, **length}
         self.n_steps = 1  # the windows are long enough for value targets; SB3 need not warn
         OffPolicyAlgorithm._setup_model(self)
         self.policy_target = self.policy_class(
@@ -230,26 +233,13 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         self.policy_kwargs, self.n_steps, self.replay_buffer_kwargs = plain, n_steps, buffer_kwargs
         self._forget_recordings()
 
+    @property
+    def _window_length(self) -> int:
+        """Transitions per window."""
+        return self.unroll_steps + (0 if self.value_target == "search" else self.n_steps)
+
     def _forget_recordings(self) -> None:
         self.recorded_loss = RecordedLoss(self.policy.network, partial(unroll, self))
-
-    def _check_spaces(self) -> None:
-        """Say what is not supported before anything is built."""
-        observations, actions = self.observation_space, self.action_space
-        if not isinstance(observations, spaces.Box):
-            raise ValueError(f"EfficientZeroV2 needs Box observations, not {observations}.")
-        if not isinstance(actions, spaces.Discrete | spaces.Box):
-            raise ValueError(f"EfficientZeroV2 needs Discrete or Box actions, not {actions}.")
-        images = len(observations.shape) == 3
-        if issubclass(self.policy_class, CnnPolicy):
-            if not images:
-                raise ValueError(
-                    f"CnnPolicy needs images, the observations have shape {observations.shape}: MlpPolicy."
-                )
-            if is_image_space(observations) and not is_image_space_channels_first(observations):
-                raise ValueError(f"Images must come channels first, not as {observations.shape}: VecTransposeImage.")
-        if self.image_shift is None:
-            self.image_shift = 4 if images and min(observations.shape[1:]) >= 32 else 0
 
     def _after_update(self) -> None:
         if self._n_updates % self.target_update_interval == 0:
@@ -279,6 +269,8 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
             buffer = self.replay_buffer
             assert isinstance(buffer, SequenceReplayBuffer)
             memo = buffer.memo = buffer.memo or SearchMemo(buffer.buffer_size * buffer.n_envs)
+            policy = self.policy
+            memo.settings = repr((self.search_value, self.gamma, policy.num_simulations, policy.considered))
         return reanalyze(
             self.policy_target, batch, unroll_steps=self.unroll_steps, n_steps=self.n_steps,
             max_age=-1 if self.value_target == "search" else self.mixed_threshold if late else None,
@@ -387,6 +379,19 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
             super().save(path, exclude, include)
         finally:
             self._random_state = before
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer as SB3 does; its windows get the length that this model's settings need.
+
+        :param path: see SB3
+        :param truncate_last_traj: see SB3
+        :raises ValueError: if it is no replay buffer of this algorithm
+        """
+        super().load_replay_buffer(path, truncate_last_traj)
+        if not isinstance(self.replay_buffer, SequenceReplayBuffer):
+            raise ValueError(f"{path} holds a {type(self.replay_buffer).__name__}, not one of EfficientZeroV2.")
+        self.replay_buffer.length = self._window_length
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "policy_target", "_update_rate", "recorded_loss"]

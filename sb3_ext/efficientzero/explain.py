@@ -124,9 +124,8 @@ def explain(
     if len(tensor) != 1:
         raise ValueError(f"explain() takes one observation, this is a batch of {len(tensor)}.")
     invalid = None if action_masks is None else ~legal_actions(action_masks, 1, policy.action_space)
-    with policy.repeatable(deterministic):
-        roots = policy.roots(tensor)  # type: ignore[arg-type]
-        out, sampled = policy.plan(roots, noise=not deterministic, invalid=invalid)
+    roots = policy.roots(tensor)  # type: ignore[arg-type]
+    out, sampled = policy.plan(roots, noise=not deterministic, invalid=invalid)
     slot = int(out.actions[0])
     action: Any = np.int64(slot)
     if sampled is not None:

@@ -67,7 +67,9 @@ class FastNetwork:
             out = self._parts[3](latent)
         return Roots(latent, decode(out[:, : self._bins], self._support, EPS), out[:, self._bins :])
 
-    def recurrent(self, embedding: Any, slots: NDArray[np.int64]) -> RecurrentOutput:
+    def recurrent(
+        self, embedding: Any, slots: NDArray[np.int64], inner_noise: th.Tensor | None = None
+    ) -> RecurrentOutput:
         """One step of the network."""
         step, settle, reward_head, prediction = self._parts
         if self._policy.discrete:
@@ -83,5 +85,5 @@ class FastNetwork:
         value, policy = decode(out[:, : self._bins], self._support, EPS), out[:, self._bins :]
         if self._policy.discrete:
             return RecurrentOutput(reward, value, policy, latent)
-        inner = inner_samples(th.from_numpy(policy), self._policy.num_sampled_actions).numpy()
+        inner = inner_samples(th.from_numpy(policy), self._policy.num_sampled_actions, inner_noise).numpy()
         return RecurrentOutput(reward, value, np.zeros((len(inner), INNER_ACTIONS), np.float32), (latent, inner))

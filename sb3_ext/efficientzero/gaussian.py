@@ -75,16 +75,29 @@ def root_samples(policy: th.Tensor, count: int, noise: bool) -> th.Tensor:
     return th.tanh(mean[:, None] + std[:, None] * draw).clamp(-BOUND, BOUND)
 
 
-def inner_samples(policy: th.Tensor, slots: int) -> th.Tensor:
+def inner_noise(dimensions: int) -> th.Tensor:
+    """
+    Noise for :func:`inner_samples` that is the same in every call: the first sample is the policy's mode.
+
+    :param dimensions: D
+    :return: ``[INNER_ACTIONS, D]``
+    """
+    noise = th.randn(INNER_ACTIONS, dimensions, generator=th.Generator().manual_seed(0))
+    noise[0] = 0
+    return noise
+
+
+def inner_samples(policy: th.Tensor, slots: int, noise: th.Tensor | None = None) -> th.Tensor:
     """
     Actions that a node below the root considers.
 
     :param policy: output of the policy head, ``[B, 2 D]``
     :param slots: places for samples, S
+    :param noise: for every row, ``[INNER_ACTIONS, D]``; None draws for each
     :return: ``[B, S, D]``, 0 behind the first :data:`INNER_ACTIONS` samples
     """
     mean, std = squashed_normal(policy)
-    draw = th.randn(len(mean), INNER_ACTIONS, mean.shape[1], device=mean.device)
+    draw = th.randn(len(mean), INNER_ACTIONS, mean.shape[1], device=mean.device) if noise is None else noise
     actions = th.zeros(len(mean), slots, mean.shape[1], device=mean.device)
     actions[:, :INNER_ACTIONS] = th.tanh(mean[:, None] + std[:, None] * draw).clamp(-BOUND, BOUND)
     return actions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from sb3_ext.efficientzero.calls import Calls
 from sb3_ext.efficientzero.device_search import DeviceSearch
 from sb3_ext.efficientzero.fast import CHUNK
 from sb3_ext.efficientzero.fast_network import EPS, FastNetwork, Roots
-from sb3_ext.efficientzero.gaussian import INNER_ACTIONS, inner_samples, root_samples, squashed_normal
+from sb3_ext.efficientzero.gaussian import INNER_ACTIONS, inner_noise, inner_samples, root_samples, squashed_normal
 from sb3_ext.efficientzero.masking import MaskedPolicy
 from sb3_ext.efficientzero.meter import Rate
 from sb3_ext.efficientzero.networks import CnnNetwork, LatentNetwork, MlpNetwork
@@ -112,6 +113,8 @@ class EfficientZeroPolicy(MaskedPolicy):
             optimizer_kwargs=optimizer_kwargs,
             squash_output=isinstance(action_space, spaces.Box),
         )
+        if support_size < 2:
+            raise ValueError(f"support_size must be at least 2, got {support_size}.")
         self.num_simulations, self.max_num_considered_actions = num_simulations, max_num_considered_actions
         self.num_sampled_actions, self.gamma, self.search = num_sampled_actions, gamma, search
         self.support_size, self.value_range = support_size, value_range
@@ -145,6 +148,8 @@ class EfficientZeroPolicy(MaskedPolicy):
         end = float(value_transform(th.tensor(value_range), EPS))
         self.support: th.Tensor
         self.register_buffer("support", th.linspace(-end, end, support_size), persistent=False)
+        self._inner_noise: th.Tensor
+        self.register_buffer("_inner_noise", inner_noise(self.action_size), persistent=False)
         self.optimizer = self.optimizer_class(
             self.parameters(),
             lr=lr_schedule(1),  # type: ignore[call-arg]
@@ -154,7 +159,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         self._count_optimizer_steps()
         self._calls: Calls | None = None
         self._fast: FastNetwork | None = None
-        self._device_search: DeviceSearch | None = None
+        self._device_searches: dict[bool, DeviceSearch] = {}
         self.search_rate = Rate()
 
     @property
@@ -259,11 +264,14 @@ class EfficientZeroPolicy(MaskedPolicy):
             parts = (*parts, *start_parts(self.network.reward_head, len(logits)))
         threads = nullcontext() if fast is None else blas_threads()
         with _evaluating(self), threads, self.search_rate.measure(len(logits) * self.num_simulations):
-            recurrent: Any = self._recurrent if fast is None else fast.recurrent
+            # without noise nodes below the root have the same samples in every row and every call
+            fixed = None if noise or self.discrete else self._inner_noise
+            recurrent: Any = partial(self._recurrent if fast is None else fast.recurrent, inner_noise=fixed)
             if self.cuda_graphs and self.device.type == "cuda":
-                if self._device_search is None:
-                    self._device_search = DeviceSearch(self._step)
-                recurrent = self._device_search.start(parts, self.num_simulations)
+                key = fixed is None
+                if key not in self._device_searches:
+                    self._device_searches[key] = DeviceSearch(partial(self._step, inner_noise=fixed))
+                recurrent = self._device_searches[key].start(parts, self.num_simulations)
             # with sampled actions below the root a step has a part in torch, which is faster with all roots
             at_once = CHUNK if fast is not None and self.discrete else None
             out = gumbel_search(
@@ -273,14 +281,16 @@ class EfficientZeroPolicy(MaskedPolicy):
             )  # fmt: skip
         return out, sampled
 
-    def _recurrent(self, embedding: Any, slots: th.Tensor) -> RecurrentOutput:
+    def _recurrent(self, embedding: Any, slots: th.Tensor, inner_noise: th.Tensor | None = None) -> RecurrentOutput:
         """One step of the network, in torch."""
         parts = embedding if isinstance(embedding, tuple) else (embedding,)
-        numbers, *new = self._step(slots, *parts)
+        numbers, *new = self._step(slots, *parts, inner_noise=inner_noise)
         found = numbers.detach().cpu().numpy()  # all at once, because each copy waits for the GPU
         return RecurrentOutput(found[:, 0], found[:, 1], found[:, 2:], tuple(new) if len(new) > 1 else new[0])
 
-    def _step(self, slots: th.Tensor, latent: th.Tensor, *rest: Any) -> tuple[th.Tensor, ...]:
+    def _step(
+        self, slots: th.Tensor, latent: th.Tensor, *rest: Any, inner_noise: th.Tensor | None = None
+    ) -> tuple[th.Tensor, ...]:
         """Reward, value and logits ``[B, 2 + A]`` behind an action of each row, and the parts of the new embedding."""
         action = (
             self.action_input(slots) if self.discrete else rest[0][th.arange(len(slots), device=slots.device), slots]
@@ -295,7 +305,7 @@ class EfficientZeroPolicy(MaskedPolicy):
             reward = self.decode(self.calls.reward(latent, None)[0])
         logits = policy.float()
         if not self.discrete:
-            rest = inner_samples(logits, self.num_sampled_actions), *rest
+            rest = inner_samples(logits, self.num_sampled_actions, inner_noise), *rest
             logits = logits.new_zeros(len(logits), INNER_ACTIONS)
         return th.cat([reward[:, None], self.decode(value)[:, None], logits], 1), latent, *rest
 
@@ -317,25 +327,11 @@ class EfficientZeroPolicy(MaskedPolicy):
             if invalid is not None:
                 policy = policy.masked_fill(th.from_numpy(invalid).to(policy.device), -th.inf)
             return self._prior_action(policy, deterministic)
-        with self.repeatable(deterministic):
-            out, sampled = self.plan(roots, noise=not deterministic, invalid=invalid)
+        out, sampled = self.plan(roots, noise=not deterministic, invalid=invalid)
         if sampled is None:
             return th.from_numpy(out.actions)
         chosen = th.from_numpy(sampled[np.arange(len(sampled)), out.actions])
         return chosen.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
-
-    @contextmanager
-    def repeatable(self, fixed: bool) -> Iterator[None]:
-        """
-        Let nodes below the root of continuous control draw the same samples each time, and leave torch's generator
-        alone.
-
-        :param fixed: False does nothing
-        """
-        with th.random.fork_rng(enabled=fixed, devices=[self.device] if self.device.type == "cuda" else []):
-            if fixed:
-                th.manual_seed(0)
-            yield
 
     def _prior_action(self, policy: th.Tensor, deterministic: bool) -> th.Tensor:
         if self.discrete:
@@ -361,7 +357,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         self.optimizer.register_step_post_hook(count)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fast": None, "_calls": None, "_device_search": None}
+        return {**self.__dict__, "_fast": None, "_calls": None, "_device_searches": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -73,6 +73,7 @@ def unrolled_loss(model: EfficientZeroV2, batch: SequenceSamples, targets: Targe
             "the learning rate; checkpoints written before this update are intact."
         )
     output.metrics["search_depth"] = output.td_error.new_full((), targets.depth)
+    output.metrics["value_clipped"] = (targets.values.abs() > model.policy.value_range).float().mean()
     return output
 
 
@@ -142,6 +143,7 @@ def unroll(model: EfficientZeroV2, *tensors: th.Tensor) -> LossOutput:
     td_error = x.values[:, 0] - first_value
     terms = (value_loss, policy_loss, reward_loss, consistency_loss, entropy)
     metrics = {name: term.detach().mean() / steps for name, term in zip(TERMS[1:], terms, strict=True)}
+    metrics["entropy"] = entropy.detach().sum() / x.policy_mask.sum()
     metrics |= {"value_error": td_error.abs().mean(), "value_mean": first_value.mean()}
     return LossOutput(loss, td_error, metrics)
 

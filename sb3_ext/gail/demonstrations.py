@@ -296,9 +296,9 @@ def _split_buffer(buffer: ReplayBuffer) -> list[Demonstration]:
 def _environment_actions(actions: NDArray[Any], space: spaces.Space[Any]) -> NDArray[Any]:
     """Actions as the environment gets them: SB3's off-policy algorithms store continuous ones scaled to -1 to 1."""
     if isinstance(space, spaces.Box) and space.is_bounded():
-        return (space.low + 0.5 * (actions.reshape(-1, *space.shape) + 1) * (space.high - space.low)).astype(
-            space.dtype
-        )
+        share = 0.5 * (actions.reshape(-1, *space.shape) + 1)
+        unscaled: NDArray[Any] = (space.low + share * (space.high - space.low)).astype(space.dtype)
+        return unscaled
     return actions.reshape(-1) if isinstance(space, spaces.Discrete) else actions
 
 

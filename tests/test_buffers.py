@@ -167,6 +167,24 @@ def test_normalization_is_applied() -> None:
     np.testing.assert_allclose(buffer.sample(50, env=env).rewards, (raw / 2).clamp(-2, 2), rtol=1e-5)
 
 
+def test_each_reward_is_clipped_before_the_sum() -> None:
+    one, three = make_buffer(TWO), make_buffer(TWO, n_steps=3, gamma=0.5)
+    one.clip_rewards = three.clip_rewards = True
+    assert everything(one).rewards.squeeze(1).tolist() == [1] * 5
+    assert everything(three).rewards.squeeze(1).tolist() == [1 + 0.5 + 0.25, 1.5, 1, 1.5, 1]
+
+
+def test_each_reward_is_normalized_before_it_is_clipped_and_summed() -> None:
+    env = VecNormalize(DummyVecEnv([lambda: IdentityEnvBox()]), norm_obs=False, clip_reward=2.0)
+    env.ret_rms.var = np.array(16.0)
+    buffer = make_buffer(TWO, n_steps=3, gamma=0.5)
+    rewards = buffer._get_samples(np.arange(5), env).rewards.squeeze(1)
+    np.testing.assert_allclose(rewards, [0.25 + 0.25 + 0.1875, 0.5 + 0.375, 0.75, 2 + 1, 2], rtol=1e-5)
+    buffer.clip_rewards = True
+    rewards = buffer._get_samples(np.arange(5), env).rewards.squeeze(1)
+    np.testing.assert_allclose(rewards, [0.25 + 0.25 + 0.1875, 0.5 + 0.375, 0.75, 1 + 0.5, 1], rtol=1e-5)
+
+
 def test_a_dataset_cannot_be_changed() -> None:
     buffer = make_buffer(TWO)
     with pytest.raises(TypeError, match="fixed"):

@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_ext import BC, CQL, load_minari, make_eval_env, record
 from sb3_ext.common.buffers import OfflineReplayBuffer
 from sb3_ext.common.frames import ArrayFrames
 from sb3_ext.common.mixed import MixedReplayBuffer
+from sb3_ext.cql import offline
+from sb3_ext.cql.support import OfflineProgressBar
 from sb3_ext.data import DatasetError
 from tests.test_losses import published_loss
 
@@ -190,6 +193,32 @@ def test_callbacks(cartpole: minari.MinariDataset, tmp_path: Path) -> None:
     assert {"best_model.zip", "rl_model_20_steps.zip"} <= {f.name for f in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("cls", "shown"), [(CQL, "td {td_loss:.3g}, gap {conservative_gap:.3g}"), (BC, "nll {nll:.3g}")]
+)
+def test_progress_bar_shows_losses_and_values(
+    cls: Any, shown: str, cartpole: minari.MinariDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = []
+
+    class Bar(OfflineProgressBar):
+        def _on_step(self) -> bool:
+            result = super()._on_step()
+            texts.append(self.pbar.desc or "")
+            return result
+
+    monkeypatch.setattr(offline, "OfflineProgressBar", Bar)
+    model = small(cls, cartpole)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(25, log_interval=10, progress_bar=True)
+    model.logger.close()
+    row = np.genfromtxt(tmp_path / "progress.csv", delimiter=",", names=True, deletechars="")[-1]
+    assert texts[:10] == [""] * 10  # nothing is known before the first line of the log
+    values = {name.removeprefix("train/"): row[name] for name in row.dtype.names}
+    assert texts[-1].startswith(shown.format(**values))
+    assert ("Q best" in texts[-1]) == (cls is CQL)
+
+
 def test_vec_env_of_another_type_evaluates(cartpole: minari.MinariDataset) -> None:
     from stable_baselines3.common.vec_env import VecNormalize
 
@@ -263,6 +292,68 @@ def test_save_load_and_go_on_bit_for_bit(cls: Any, cartpole: minari.MinariDatase
     assert (tmp_path / "model.zip").stat().st_size < 200_000  # the dataset is not in it
 
 
+def first_draw(model: Any) -> np.ndarray:
+    return model.replay_buffer.sample(16).observations.numpy()
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_other_data_after_load_starts_the_sampler_anew(
+    cartpole: minari.MinariDataset, prioritized: bool, tmp_path: Path
+) -> None:
+    half = load_minari(cartpole, subset=0.5, device="cpu", prioritized=prioritized)
+    whole = load_minari(cartpole, device="cpu", prioritized=prioritized)
+    for saved, other in ((whole, half), (half, whole)):
+        model = small(CQL, saved)
+        model.learn(5)
+        model.save(tmp_path / "model")
+        loaded = CQL.load(tmp_path / "model", device="cpu")
+        with pytest.warns(UserWarning, match=rf"{saved.size()} transitions.* has {other.size()}.*starts anew"):
+            loaded.set_dataset(other)
+        assert np.array_equal(first_draw(loaded), first_draw(small(CQL, other)))
+        loaded.learn(5)
+        assert loaded.replay_buffer is other
+        if prioritized:
+            assert np.count_nonzero(other.priorities.tree.leaves) == other.size()
+        # the model still knows where it stood in its own data
+        loaded = CQL.load(tmp_path / "model", device="cpu")
+        with pytest.warns(UserWarning, match="starts anew"):
+            loaded.set_dataset(other)
+        expected = first_draw(model)
+        loaded.set_dataset(saved)
+        if not prioritized:
+            assert np.array_equal(first_draw(loaded), expected)
+
+
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False)])
+def test_other_sampler_after_load_starts_anew(
+    cartpole: minari.MinariDataset, before: bool, after: bool, tmp_path: Path
+) -> None:
+    small(CQL, cartpole, dataset_kwargs={"prioritized": before}).learn(5).save(tmp_path / "model")
+    loaded = CQL.load(tmp_path / "model", device="cpu")
+    other = load_minari(cartpole, device="cpu", prioritized=after)
+    with pytest.warns(UserWarning, match=r"by priority.*uniformly" if before else r"uniformly.*by priority"):
+        loaded.set_dataset(other)
+    loaded.learn(5)
+    assert hasattr(other, "priorities") == after
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_saving_does_not_change_what_set_dataset_does(
+    cartpole: minari.MinariDataset, prioritized: bool, tmp_path: Path
+) -> None:
+    results = []
+    for save in (False, True):
+        model = small(CQL, load_minari(cartpole, device="cpu", prioritized=prioritized))
+        model.learn(5)
+        if save:
+            model.save(tmp_path / "model")
+        model.set_dataset(load_minari(cartpole, subset=0.5, device="cpu", prioritized=prioritized))
+        results.append(first_draw(model))
+        model.learn(5)
+        assert model.replay_buffer.size() < cartpole.total_steps
+    assert np.array_equal(*results)
+
+
 def test_load_with_env_and_set_parameters(cartpole: minari.MinariDataset, tmp_path: Path) -> None:
     model = small(CQL, cartpole, cql_alpha=2.5)
     model.learn(3)
@@ -284,6 +375,70 @@ def test_options_train(cartpole: minari.MinariDataset, options: dict[str, bool],
     np.testing.assert_allclose(parameters(plain), parameters(fast), atol=tolerance)
     fast.save(tmp_path / "model")
     assert CQL.load(tmp_path / "model", device="cpu").policy is not None
+
+
+class Viewing(BaseFeaturesExtractor):
+    """Flattens as code on the web does, which works on contiguous tensors only."""
+
+    def __init__(self, space: Any, channels: int = 2) -> None:
+        super().__init__(space, channels * 10 * 10)
+        self.cnn = th.nn.Conv2d(space.shape[0], channels, 8, stride=8)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        x = self.cnn(x)
+        return x.view(x.size(0), -1)
+
+
+class Space3D(BaseFeaturesExtractor):
+    """Frames of the stack as a third dimension."""
+
+    def __init__(self, space: Any) -> None:
+        super().__init__(space, 2 * 10 * 10)
+        self.cnn = th.nn.Conv3d(1, 2, (4, 8, 8), stride=(4, 8, 8))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return self.cnn(x.unsqueeze(1)).flatten(1)
+
+
+@pytest.mark.parametrize("extractor", [Viewing, Space3D])
+@pytest.mark.parametrize("cls", [CQL, BC])
+def test_features_extractors_of_the_users_own(
+    cls: Any, extractor: Any, breakout: minari.MinariDataset, tmp_path: Path
+) -> None:
+    kwargs = {"features_extractor_class": extractor, "net_arch": []}
+    model = cls("CnnPolicy", breakout, seed=0, device="cpu", batch_size=4, policy_kwargs=kwargs)
+    model.learn(2)
+    model.save(tmp_path / "model")
+    loaded = cls.load(tmp_path / "model", device="cpu")
+    observation = np.zeros((2, 4, 84, 84), np.uint8)
+    assert (
+        loaded.predict(observation, deterministic=True)[0] == model.predict(observation, deterministic=True)[0]
+    ).all()
+
+
+@pytest.mark.parametrize("optimizer", [th.optim.SGD, th.optim.RMSprop])
+@pytest.mark.parametrize("cls", [CQL, BC])
+def test_other_optimizers(cls: Any, optimizer: Any, cartpole: minari.MinariDataset) -> None:
+    model = small(cls, cartpole, policy_kwargs={"net_arch": [16], "optimizer_class": optimizer})
+    assert type(model.policy.optimizer) is optimizer
+    start = parameters(model)
+    model.learn(3)
+    assert not np.array_equal(parameters(model), start)
+
+
+def test_default_optimizers(cartpole: minari.MinariDataset) -> None:
+    for cls, eps in ((CQL, 0.01 / 32), (BC, 1e-8)):
+        optimizer = small(cls, cartpole).policy.optimizer
+        assert type(optimizer) is th.optim.Adam
+        assert (optimizer.defaults["eps"], optimizer.defaults["fused"]) == (eps, True)
+    given = {"net_arch": [16], "optimizer_kwargs": {"eps": 1e-3}}
+    assert small(BC, cartpole, policy_kwargs=given).policy.optimizer.defaults["eps"] == 1e-3
+
+
+@pytest.mark.parametrize("cls", [CQL, BC])
+def test_double_q_is_an_argument(cls: Any, cartpole: minari.MinariDataset) -> None:
+    with pytest.raises(ValueError, match=r"CQL\(\.\.\., double_q=True\)"):
+        small(cls, cartpole, policy_kwargs={"double_q": True})
 
 
 # ---------------------------------------------------------------------- datasets
@@ -311,6 +466,22 @@ def test_filled_sb3_buffer_is_a_dataset() -> None:
     assert not np.array_equal(parameters(model), parameters(source))
 
 
+def test_dict_buffer_is_refused() -> None:
+    space = spaces.Dict({"x": spaces.Box(-2, 2, (1,))})
+    buffer = DictReplayBuffer(10, space, spaces.Discrete(2), device="cpu")
+    observation = {"x": np.ones((1, 1))}
+    buffer.add(observation, observation, np.zeros((1, 1)), np.ones(1), np.zeros(1), [{}])
+    with pytest.raises(ValueError, match="Dict observations"):
+        small(CQL, buffer)
+
+
+@pytest.mark.parametrize("kwargs", [{"seed": 3}, {"prioritized": {"seed": 3}}, {"prioritized": True, "seed": 3}])
+def test_sampler_may_have_a_seed_of_its_own(cartpole: minari.MinariDataset, kwargs: dict[str, Any]) -> None:
+    wanted = load_minari(cartpole, device="cpu", **kwargs).sample(16).observations.numpy()
+    assert np.array_equal(first_draw(small(CQL, cartpole, seed=0, dataset_kwargs=kwargs)), wanted)
+    assert np.array_equal(first_draw(small(CQL, cartpole, seed=1, dataset_kwargs=kwargs)), wanted)
+
+
 def _one_step_dataset() -> OfflineReplayBuffer:
     return OfflineReplayBuffer(
         ArrayFrames(np.ones((2, 1), np.float32)), np.zeros(2, np.uint8), np.ones(2, np.float32), np.zeros(2, bool),
@@ -324,6 +495,37 @@ def test_n_steps(cartpole: minari.MinariDataset) -> None:
     assert batch.discounts is not None
     assert batch.rewards.max().item() == pytest.approx(1 + 0.99 + 0.99**2)
     model.learn(3)
+
+
+def test_each_of_n_rewards_is_clipped(cartpole: minari.MinariDataset) -> None:
+    model, plain = small(CQL, cartpole, n_steps=3, clip_rewards=True), small(CQL, cartpole, n_steps=3)
+    batch, same = model.replay_buffer.sample(50), plain.replay_buffer.sample(50)
+    assert batch.rewards.max().item() == pytest.approx(1 + 0.99 + 0.99**2)
+    assert th.equal(batch.rewards, same.rewards)
+    assert th.equal(model.compute_loss(batch).loss, plain.compute_loss(batch).loss)
+    for each in (model, plain):
+        each.learn(5)
+    assert np.array_equal(parameters(model), parameters(plain))  # CartPole's rewards are all 1
+    model.replay_buffer.rewards = 5 * model.replay_buffer.rewards
+    assert model.replay_buffer.sample(50).rewards.max().item() == pytest.approx(1 + 0.99 + 0.99**2)
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_each_reward_is_clipped_online(cartpole: minari.MinariDataset, n_steps: int) -> None:
+    env = gym.wrappers.TransformReward(gym.make("CartPole-v1"), lambda r: 5 * r)
+    model = small(CQL, cartpole, n_steps=n_steps, clip_rewards=True)
+    model.learn_online(30, env=env)
+    online = model.replay_buffer.online
+    assert online.rewards.max() == 5
+    assert online.sample(50).rewards.max().item() == pytest.approx(sum(0.99**k for k in range(n_steps)))
+
+
+def test_sums_that_cannot_be_clipped_are_refused() -> None:
+    for n_steps in (1, 2):
+        buffer = NStepReplayBuffer(10, spaces.Box(-2, 2, (1,)), spaces.Discrete(2), device="cpu", n_steps=2)
+        buffer.add(np.ones((1, 1)), np.ones((1, 1)), np.zeros((1, 1)), np.ones(1), np.zeros(1), [{}])
+        with pytest.raises(ValueError, match="clip_rewards"):
+            small(CQL, buffer, n_steps=n_steps, clip_rewards=True)
 
 
 # ---------------------------------------------------------------------- online
@@ -361,6 +563,75 @@ def test_learn_online_shares(cartpole: minari.MinariDataset) -> None:
         assert mixed.sample(32).rewards.shape == (32, 1)
         assert drawn == ([32] if fraction else [])
         del mixed.offline.sample
+
+
+def test_new_transitions_are_kept(cartpole: minari.MinariDataset) -> None:
+    model = small(CQL, cartpole, env="CartPole-v1", n_steps=3, train_freq=1)
+    model.learn_online(30)
+    online = model.replay_buffer.online
+    for total, reset in ((60, True), (90, False)):
+        model.learn(3)
+        model.learn_online(30, reset_num_timesteps=reset)
+        assert model.replay_buffer.online is online
+        assert (online.size(), model.replay_buffer.size()) == (total, total)
+    # where the environment was reset, no return goes on
+    assert online._ends[29, 0]
+    assert (online.priorities.tree.leaves[:30] > 0).all()
+    model.set_dataset(load_minari(cartpole, subset=0.5, device="cpu"))
+    model.learn_online(10)
+    assert (model.replay_buffer.online is online, online.size()) == (True, 100)
+
+
+def test_another_number_of_environments_starts_new_transitions(cartpole: minari.MinariDataset) -> None:
+    model = small(CQL, cartpole, env="CartPole-v1", train_freq=1)
+    model.learn_online(30)
+    with pytest.warns(UserWarning, match=r"30 transitions of 1 environment.* 2 environment"):
+        model.learn_online(30, env=make_vec_env("CartPole-v1", 2))
+    assert model.replay_buffer.online.size() == 15
+
+
+def test_saved_transitions_come_back(cartpole: minari.MinariDataset, tmp_path: Path) -> None:
+    model = small(CQL, cartpole, env="CartPole-v1", n_steps=2, clip_rewards=True, train_freq=1)
+    model.learn_online(30)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    for with_data in (False, True):
+        loaded = CQL.load(tmp_path / "model", env=gym.make("CartPole-v1"), device="cpu")
+        with pytest.raises(ValueError, match="set_dataset"):
+            loaded.learn_online(5)
+        if with_data:
+            loaded.set_dataset(cartpole)
+        data = loaded.replay_buffer
+        loaded.load_replay_buffer(tmp_path / "buffer")
+        if with_data:
+            assert loaded.replay_buffer is data
+        loaded.learn_online(30, reset_num_timesteps=False)
+        assert (loaded.replay_buffer.online.size(), loaded.num_timesteps) == (60, 60)
+        assert loaded.replay_buffer.offline.size() == cartpole.total_steps
+
+
+def test_saved_data_comes_back(cartpole: minari.MinariDataset, tmp_path: Path) -> None:
+    model = small(CQL, cartpole, train_freq=1).learn(10)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = CQL.load(tmp_path / "model", env=gym.make("CartPole-v1"), device="cpu")
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    assert np.array_equal(first_draw(loaded), first_draw(model))
+    loaded.learn_online(10)
+    assert loaded.replay_buffer.online.size() == 10
+
+
+def test_saved_transitions_of_another_kind_are_refused(cartpole: minari.MinariDataset, tmp_path: Path) -> None:
+    model = small(CQL, cartpole, env="CartPole-v1")
+    model.learn_online(10)
+    model.save_replay_buffer(tmp_path / "buffer")
+    other = small(CQL, cartpole, n_steps=3)
+    data = other.replay_buffer
+    with pytest.raises(ValueError, match=r"n_steps=1.*n_steps=3"):
+        other.load_replay_buffer(tmp_path / "buffer")
+    assert other.replay_buffer is data
+    with pytest.raises(ValueError, match="observation_space"):
+        small(CQL, _one_step_dataset()).load_replay_buffer(tmp_path / "buffer")
 
 
 # ---------------------------------------------------------------------- bad input
@@ -436,5 +707,7 @@ def test_shortcut_for_images_equals_the_network(breakout: minari.MinariDataset) 
     model = CQL("CnnPolicy", breakout, seed=0, device="cpu", policy_kwargs={"n_quantiles": 5})
     observations = model.replay_buffer.sample(8).observations
     before = observations.clone()
+    assert model.quantile_net.features_extractor.cnn[2].weight.is_contiguous(memory_format=th.channels_last)
+    assert model._online_forward != model.quantile_net.forward
     assert th.equal(model._online_forward(observations), model.quantile_net(observations))
     assert th.equal(observations, before)

@@ -76,6 +76,7 @@ class OfflineReplayBuffer(ReplayBuffer):
 
     Rows are frames: an episode of T steps takes T + 1 rows, the last one being its final observation. Observation
     stacks are rebuilt when a batch is drawn. ``dones`` is 1 for terminations only, so truncated episodes bootstrap.
+    Where the attribute ``clip_rewards`` is set, each reward is clipped to [-1, 1] before n of them are summed.
 
     :param frames: the frames, channel first, ``[N, C, ...]``
     :param actions: action taken at each row, ``[N]``; ignored at the last row of an episode
@@ -137,6 +138,7 @@ class OfflineReplayBuffer(ReplayBuffer):
         self._left = (np.repeat(lengths, lengths + 1) - self._age).astype(np.int32)
         self._rows = np.flatnonzero(self._left).astype(dtype)
         self.rng = np.random.default_rng(seed)
+        self.clip_rewards = False
         self.info: dict[str, Any] = {}
 
     @property
@@ -155,7 +157,7 @@ class OfflineReplayBuffer(ReplayBuffer):
     @property
     def sampler_state(self) -> Any:
         """Where the sampler stands, to go on from there with the same data."""
-        return dict(self.rng.bit_generator.state)
+        return {**self.rng.bit_generator.state, "items": self.buffer_size}
 
     @sampler_state.setter
     def sampler_state(self, state: Any) -> None:
@@ -192,17 +194,18 @@ class OfflineReplayBuffer(ReplayBuffer):
         rows = self._rows[batch_inds].astype(np.int64)
         age = self._age[rows].astype(np.int64)
         observations, next_observations = gather_stacks(self.frames, rows, age, self.frame_stack, self.pad_with_zeros)
-        last, rewards = rows, self.rewards[rows]
-        discounts: NDArray[np.float32] | None = None
-        if self.n_steps > 1:
-            last, rewards, discounts = self._n_step(rows)
+        last, discounts = rows, None
+        if self.n_steps == 1:
+            rewards = self._scaled(self.rewards[rows].astype(np.float32), env)
+        else:
+            last, rewards, discounts = self._n_step(rows, env)
             next_observations = gather_stacks(
                 self.frames, last, self._age[last].astype(np.int64), self.frame_stack, self.pad_with_zeros
             )[1]
         columns: list[NDArray[Any]] = [
             self.actions[rows].astype(np.int64),
             self.terminated[last].astype(np.float32),
-            self._normalize_reward(rewards.astype(np.float32), env),
+            rewards,
         ]
         if discounts is not None:
             columns.append(discounts)
@@ -221,13 +224,19 @@ class OfflineReplayBuffer(ReplayBuffer):
             observations = observations.cpu().numpy()
         return self._normalize_obs(observations, env)
 
-    def _n_step(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    def _scaled(self, rewards: NDArray[np.float32], env: VecNormalize | None) -> NDArray[np.float32]:
+        rewards = self._normalize_reward(rewards, env)
+        return np.clip(rewards, -1, 1) if self.clip_rewards else rewards
+
+    def _n_step(
+        self, rows: NDArray[np.int64], env: VecNormalize | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         """Last row, summed reward and discount of the n-step return; the sum stops with the episode."""
         steps = np.arange(self.n_steps)
         count = np.minimum(self.n_steps, self._left[rows])
         window = rows[:, None] + np.minimum(steps, count[:, None] - 1)
         weights = np.where(steps < count[:, None], self.gamma**steps, 0)
-        rewards = (self.rewards[window] * weights).sum(axis=1)
+        rewards = (self._scaled(self.rewards[window], env) * weights).sum(axis=1)
         discounts = (self.gamma**count).astype(np.float32)
         return rows + count - 1, rewards.astype(np.float32), discounts
 

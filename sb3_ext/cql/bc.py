@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from sb3_ext.common.losses import conservative_gap
 from sb3_ext.common.training import LossOutput
 from sb3_ext.cql.cql import CQL
+from sb3_ext.cql.support import with_adam
 from sb3_ext.data.minari import DatasetLike
 
 
@@ -63,7 +64,7 @@ class BC(CQL):
         _init_setup_model: bool = True,
     ) -> None:
         # Adam's usual eps: that of QR-DQN, which CQL takes, is larger than most of cloning's gradients
-        policy_kwargs = {"optimizer_kwargs": {"eps": 1e-8, "fused": True}, **(policy_kwargs or {}), "n_quantiles": 1}
+        policy_kwargs = {**with_adam(policy_kwargs, eps=1e-8), "n_quantiles": 1}
         super().__init__(
             policy,
             dataset,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar, Self
 
 import gymnasium as gym
@@ -15,10 +16,9 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from sb3_ext.common.buffers import OfflineReplayBuffer
 from sb3_ext.common.losses import conservative_gap
 from sb3_ext.common.mixed import MixedReplayBuffer
-from sb3_ext.common.prioritized import PrioritizedReplayBuffer
 from sb3_ext.common.training import LossOutput, MetricMeans
 from sb3_ext.cql.offline import OfflineQRDQN
-from sb3_ext.cql.support import check_arguments
+from sb3_ext.cql.support import OnlineReplayBuffer, check_arguments, with_adam
 from sb3_ext.data.minari import DatasetLike
 from sb3_ext.dqn.dqn import QRDQN
 
@@ -56,16 +56,17 @@ class CQL(OfflineQRDQN):
         log
     :param double_q: choose the next action with the online network. The authors' Atari code does not; d3rlpy and
         tianshou do
-    :param clip_rewards: clip rewards to [-1, 1], as the DQN Replay Dataset has them
+    :param clip_rewards: clip each reward to [-1, 1], as the DQN Replay Dataset has them
     :param dataset_kwargs: further arguments of :func:`~sb3_ext.data.load_minari`: ``frame_stack``, ``subset``,
-        ``storage``, ``prioritized``, ...
+        ``storage``, ``prioritized``, ``seed`` (of the sampler; default: this model's), ...
     :param torch_compile: compile the networks' forward pass: 10 to 20 s at the start; measure whether it gains anything
     :param bf16: run the networks in bfloat16 (fast where the processor has it, slow where it does not)
     :param cuda_graphs: on a GPU, record the kernels of the loss once in each ``learn`` and replay them; False launches
         each by itself, as ``torch_compile`` does
     :param stats_window_size: as in SB3
     :param tensorboard_log: as in SB3
-    :param policy_kwargs: as in QRDQN, for instance ``dict(n_quantiles=50)``; default 200 quantiles
+    :param policy_kwargs: as in QRDQN, for instance ``dict(n_quantiles=50)``; default 200 quantiles. The default
+        ``optimizer_kwargs`` go with the default ``optimizer_class`` only
     :param verbose: 0 none, 1 info, 2 debug
     :param seed: seed of the networks and of the sampler
     :param device: as in SB3
@@ -112,21 +113,18 @@ class CQL(OfflineQRDQN):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        check_arguments(policy, env, cql_alpha, batch_size, target_update_interval, n_steps)
+        check_arguments(policy, env, cql_alpha, batch_size, target_update_interval, n_steps, policy_kwargs)
         self.cql_alpha, self.double_q, self.clip_rewards = cql_alpha, double_q, clip_rewards
         self.dataset_kwargs = dict(dataset_kwargs or {})
         self.torch_compile, self.bf16 = torch_compile, bf16
         self.cuda_graphs = cuda_graphs and not torch_compile  # what is recorded must not be compiled meanwhile
         self.dataset_info: dict[str, Any] = {}
-        self._metrics = MetricMeans()
+        self._metrics, self._last_means = MetricMeans(), {}
+        self._offline_buffer, self._online_buffer = None, None
         self._sampler_state: Any = None
         self._offline = True
-        # fused Adam: same update, a fifth of the time; eps as in the QR-DQN paper for batches of 32
-        policy_kwargs = {
-            "optimizer_class": th.optim.Adam,
-            "optimizer_kwargs": {"eps": 0.01 / batch_size, "fused": True},
-            **(policy_kwargs or {}),
-        }
+        # as in the QR-DQN paper for batches of 32
+        policy_kwargs = with_adam(policy_kwargs, eps=0.01 / batch_size)
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]
@@ -181,7 +179,7 @@ class CQL(OfflineQRDQN):
         :return: loss and TD error, ``[B]``; metrics ``td_loss``, ``conservative_gap``, ``q_data`` (mean Q of the data's
             actions), ``q_best`` (mean Q of the best actions), ``action_match`` (share of states where they coincide)
         """
-        if self.clip_rewards:
+        if self.clip_rewards and batch.discounts is None:  # else the buffers clip, before they sum
             batch = batch._replace(rewards=batch.rewards.clamp(-1, 1))
         quantiles = self._forward(self._online_forward, batch.observations)
         td = self._quantile_loss(batch, quantiles)
@@ -215,6 +213,8 @@ class CQL(OfflineQRDQN):
         """
         Go on in an environment, from the same data plus new transitions. Here one timestep is one environment step.
 
+        New transitions are kept over calls, as in SB3, as long as the number of environments stays the same.
+
         :param total_timesteps: environment steps
         :param env: the environment; default the one given before
         :param callback: SB3 callbacks
@@ -228,7 +228,7 @@ class CQL(OfflineQRDQN):
         :return: self
         :raises ValueError: if there is no environment or no dataset, or a number is out of range
         """
-        if self.replay_buffer is None:
+        if self._offline_buffer is None:
             raise ValueError("There is no dataset: call set_dataset(dataset) after load().")
         if env is not None:
             self.set_env(gym.make(env) if isinstance(env, str) else env)
@@ -240,21 +240,36 @@ class CQL(OfflineQRDQN):
             if not cql_alpha >= 0:
                 raise ValueError(f"cql_alpha must not be negative, got {cql_alpha}.")
             self.cql_alpha = cql_alpha
-        online = self._online_buffer(reset_num_timesteps)
-        self.replay_buffer = MixedReplayBuffer(self._offline_buffer, online, offline_fraction)
-        self._offline = False
+        online = self._new_transitions()
+        if reset_num_timesteps or self._last_obs is None:
+            online.end_sequences()
+        mixed = MixedReplayBuffer(self._offline_buffer, online, offline_fraction)
+        mixed.pos, mixed.full = online.pos, online.full
+        self.replay_buffer, self._offline = mixed, False
         return OffPolicyAlgorithm.learn(
             self, total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
         )
 
-    def _online_buffer(self, fresh: bool) -> ReplayBuffer:
-        mixed = self.replay_buffer
-        if isinstance(mixed, MixedReplayBuffer) and not fresh and mixed.online.n_envs == self.n_envs:
-            return mixed.online
+    def _new_transitions(self) -> OnlineReplayBuffer:
+        """The online buffer, made when it is first needed or no longer fits the environments."""
+        kept = self._online_buffer
+        if kept is None or kept.n_envs != self.n_envs:
+            if kept is not None and kept.size():
+                warnings.warn(
+                    f"The {kept.size() * kept.n_envs} transitions of {kept.n_envs} environment(s) are forgotten: there "
+                    f"are {self.n_envs} environment(s) now. Use as many as before to keep them.",
+                    stacklevel=3,
+                )
+            kept = self._online_buffer = self._make_online_buffer()
+        kept.clip_rewards = self.clip_rewards
+        return kept
+
+    def _make_online_buffer(self) -> OnlineReplayBuffer:
         offline = self._offline_buffer
+        assert offline is not None
         # images take a frame per transition, as in the dataset; alpha 0 draws uniformly
         images = isinstance(offline, OfflineReplayBuffer) and is_image_space(self.observation_space)
-        return PrioritizedReplayBuffer(
+        return OnlineReplayBuffer(
             self.buffer_size,
             self.observation_space,
             self.action_space,

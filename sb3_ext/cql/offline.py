@@ -18,6 +18,8 @@ from sb3_contrib.qrdqn.policies import QuantileNetwork
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.save_util import load_from_pkl
+from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
 from stable_baselines3.common.utils import configure_logger, polyak_update
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
@@ -26,7 +28,15 @@ from sb3_ext.common.buffers import OfflineReplayBuffer
 from sb3_ext.common.graphs import RecordedLoss
 from sb3_ext.common.mixed import MixedReplayBuffer
 from sb3_ext.common.training import LossOutput, MetricMeans, train_weighted
-from sb3_ext.cql.support import OfflineEnv, OfflineProgressBar, check_policy, short_space, warn_on_overestimation
+from sb3_ext.cql.support import (
+    OfflineEnv,
+    OfflineProgressBar,
+    OnlineReplayBuffer,
+    check_policy,
+    sampler_mismatch,
+    short_space,
+    warn_on_overestimation,
+)
 from sb3_ext.data.minari import DatasetLike, load_minari
 from sb3_ext.data.outlook import action_coverage
 from sb3_ext.dqn.dqn import QRDQN
@@ -44,9 +54,11 @@ class OfflineQRDQN(QRDQN):
     dataset_info: dict[str, Any]
     torch_compile: bool
     cuda_graphs: bool
+    _last_means: dict[str, float]
     _metrics: MetricMeans
     _offline: bool
-    _offline_buffer: ReplayBuffer
+    _offline_buffer: ReplayBuffer | None
+    _online_buffer: OnlineReplayBuffer | None
     _policy_name: str | None
     _recorded_loss: RecordedLoss
     _sampler_state: Any
@@ -57,41 +69,58 @@ class OfflineQRDQN(QRDQN):
         """Load and check the dataset; take the spaces from it, or compare them with the environment's."""
         if isinstance(dataset, ReplayBuffer):
             buffer = dataset
-            if buffer.size() == 0:
-                raise ValueError("The replay buffer is empty; fill it before passing it as the dataset.")
+            self._check_buffer(buffer)
             buffer.device = self.device
-            if isinstance(buffer, OfflineReplayBuffer):
-                buffer.n_steps, buffer.gamma = self.n_steps, self.gamma
-            elif self.n_steps > 1 and getattr(buffer, "n_steps", 1) != self.n_steps:
-                raise ValueError(
-                    "For n_steps > 1 pass a Minari dataset, or an NStepReplayBuffer with the same n_steps."
-                )
         else:
             buffer = load_minari(
                 dataset, n_steps=self.n_steps, gamma=self.gamma, device=self.device, **self.dataset_kwargs
             )
         if not isinstance(buffer.action_space, spaces.Discrete):
             raise ValueError(f"{type(self).__name__} needs Discrete actions, the dataset has {buffer.action_space}.")
-        known = getattr(self, "observation_space", None)
-        if known is None:
+        if getattr(self, "observation_space", None) is None:
             self.observation_space, self.action_space, self.n_envs = buffer.observation_space, buffer.action_space, 1
         else:
-            for what, ours, theirs in (
-                ("observation_space", buffer.observation_space, self.observation_space),
-                ("action_space", buffer.action_space, self.action_space),
-            ):
-                if ours != theirs:
-                    raise ValueError(
-                        f"The {what} of the dataset and of the model or environment differ: {short_space(ours)} and "
-                        f"{short_space(theirs)}. Build the environment with sb3_ext.make_eval_env(dataset), or set "
-                        "frame_stack in dataset_kwargs."
-                    )
+            self._check_spaces(buffer)
+        if isinstance(buffer, OfflineReplayBuffer):
+            buffer.n_steps, buffer.gamma, buffer.clip_rewards = self.n_steps, self.gamma, self.clip_rewards
         if self._policy_name is not None:
             check_policy(self._policy_name, buffer.observation_space, self.policy_kwargs)
         self.dataset_info = dict(getattr(buffer, "info", {}))
         self._offline_buffer = buffer
         self.replay_buffer = buffer
         self._bound = self._largest_return(buffer)
+
+    def _check_buffer(self, buffer: ReplayBuffer) -> None:
+        """Refuse a replay buffer that cannot be the dataset."""
+        if buffer.size() == 0:
+            raise ValueError("The replay buffer is empty; fill it before passing it as the dataset.")
+        if isinstance(buffer.observation_space, spaces.Dict):
+            raise ValueError(
+                f"The replay buffer has Dict observations, which {type(self).__name__} does not learn from; fill one "
+                "with flat vectors (gymnasium.wrappers.FlattenObservation) or images."
+            )
+        if isinstance(buffer, OfflineReplayBuffer):
+            return
+        n_steps = getattr(buffer, "n_steps", 1)
+        if self.n_steps > 1 and n_steps != self.n_steps:
+            raise ValueError("For n_steps > 1 pass a Minari dataset, or an NStepReplayBuffer with the same n_steps.")
+        if self.clip_rewards and n_steps > 1:
+            raise ValueError(
+                f"clip_rewards clips each reward, but {type(buffer).__name__} gives sums of n_steps={n_steps} of them. "
+                "Pass a Minari dataset, or clip the rewards when you fill the buffer."
+            )
+
+    def _check_spaces(self, buffer: ReplayBuffer) -> None:
+        for what, ours, theirs in (
+            ("observation_space", buffer.observation_space, self.observation_space),
+            ("action_space", buffer.action_space, self.action_space),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"The {what} of the dataset and of the model or environment differ: {short_space(ours)} and "
+                    f"{short_space(theirs)}. Build the environment with sb3_ext.make_eval_env(dataset), or set "
+                    "frame_stack in dataset_kwargs."
+                )
 
     def _largest_return(self, buffer: ReplayBuffer) -> float:
         """Largest discounted return in the data, in the units of the Q values."""
@@ -104,7 +133,8 @@ class OfflineQRDQN(QRDQN):
         """
         Give a loaded model its data back, or other data of the same spaces.
 
-        The sampler goes on where the saved model's stood, so that training continues bit for bit.
+        In its own data the sampler of a loaded model goes on where it stood, so that training continues bit for bit.
+        Otherwise it starts anew, with a warning if the data of a loaded model has another size or is drawn another way.
 
         :param dataset: as in the constructor
         :raises ValueError: if the spaces differ
@@ -113,10 +143,45 @@ class OfflineQRDQN(QRDQN):
         self._seed_sampler()
 
     def _seed_sampler(self) -> None:
-        if isinstance(self.replay_buffer, OfflineReplayBuffer):
-            self.replay_buffer.seed(self.seed)
-            if self._sampler_state is not None:
-                self.replay_buffer.sampler_state = self._sampler_state
+        buffer = self.replay_buffer
+        if not isinstance(buffer, OfflineReplayBuffer):
+            return
+        priorities = self.dataset_kwargs.get("prioritized")
+        given = {**self.dataset_kwargs, **(priorities if isinstance(priorities, dict) else {})}
+        buffer.seed(given.get("seed", self.seed))
+        if self._sampler_state is None:
+            return
+        problem = sampler_mismatch(buffer, self._sampler_state)
+        if problem is None:
+            buffer.sampler_state, self._sampler_state = self._sampler_state, None
+        else:
+            warnings.warn(f"{problem}; so the sampler starts anew.", stacklevel=3)
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load what ``save_replay_buffer`` saved: the dataset; after :meth:`learn_online` the new transitions, and the
+        dataset with them if the model has none yet.
+
+        :param path: as in SB3
+        :param truncate_last_traj: as in SB3
+        :raises ValueError: if the spaces or ``n_steps`` differ from the model's
+        """
+        loaded = load_from_pkl(path, self.verbose)
+        if not isinstance(loaded, MixedReplayBuffer):
+            self.set_dataset(loaded)
+            return
+        online = loaded.online
+        self._check_spaces(online)
+        if not isinstance(online, OnlineReplayBuffer) or online.n_steps != self.n_steps:
+            raise ValueError(
+                f"The new transitions in the file ({type(online).__name__}, n_steps={getattr(online, 'n_steps', 1)}) "
+                f"are of another kind than this model's (OnlineReplayBuffer, n_steps={self.n_steps}). Load them into a "
+                "model like the one that saved them."
+            )
+        if self._offline_buffer is None:
+            self.set_dataset(loaded.offline)
+        online.device = self.device
+        self._online_buffer = online
 
     def _setup_model(self) -> None:
         # load() comes here without data; the smallest buffer keeps SB3 from allocating one for a million transitions
@@ -126,9 +191,11 @@ class OfflineQRDQN(QRDQN):
             super()._setup_model()
         self.buffer_size, self.replay_buffer = size, buffer
         self.replay_buffer_class, self.replay_buffer_kwargs = None, {}
-        self.policy.to(memory_format=th.channels_last)
+        nature = type(self.quantile_net.features_extractor) is NatureCNN  # others may not bear another layout
+        if nature:
+            self.policy.to(memory_format=th.channels_last)
         self._online_forward, self._target_forward = self.quantile_net.forward, self.quantile_net_target.forward
-        if self.quantile_net.normalize_images and is_image_space(self.observation_space):
+        if nature and self.quantile_net.normalize_images and is_image_space(self.observation_space):
             self._online_forward = partial(_quantiles_of_images, self.quantile_net)
             self._target_forward = partial(_quantiles_of_images, self.quantile_net_target)
         if self.torch_compile:
@@ -206,7 +273,7 @@ class OfflineQRDQN(QRDQN):
         :param log_interval: gradient steps between log lines; None for none
         :param tb_log_name: name of the run for TensorBoard
         :param reset_num_timesteps: False continues counting, after ``load`` for instance
-        :param progress_bar: show progress with losses and values
+        :param progress_bar: show progress with the losses and values of the last log line
         :return: self
         :raises ValueError: if a loaded model was not given its dataset
         :raises FloatingPointError: if the loss is not finite
@@ -272,6 +339,7 @@ class OfflineQRDQN(QRDQN):
     def dump_logs(self) -> None:
         """Write the means since the last call to the logger, and look whether the values are plausible."""
         means = self._metrics.flush()
+        self._last_means = means or self._last_means
         for key, value in means.items():
             self.logger.record(f"train/{key}", value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -294,16 +362,21 @@ class OfflineQRDQN(QRDQN):
         include: Iterable[str] | None = None,
     ) -> None:
         """See SB3; without the dataset, with the place of the sampler in it."""
-        buffer = getattr(self, "_offline_buffer", None)
-        if isinstance(buffer, OfflineReplayBuffer):
-            self._sampler_state = buffer.sampler_state
-        super().save(path, exclude, include)
+        loaded = self._sampler_state
+        if isinstance(self._offline_buffer, OfflineReplayBuffer):
+            self._sampler_state = self._offline_buffer.sampler_state
+        try:
+            super().save(path, exclude, include)
+        finally:
+            self._sampler_state = loaded
 
     def _excluded_save_params(self) -> list[str]:
         return [
             *super()._excluded_save_params(),
             "_offline_buffer",
+            "_online_buffer",
             "_metrics",
+            "_last_means",
             "_online_forward",
             "_target_forward",
             "_recorded_loss",

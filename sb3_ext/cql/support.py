@@ -1,4 +1,4 @@
-"""Small parts of offline learning: the missing environment, the progress bar, warnings and argument checks."""
+"""Small parts of offline learning: the missing environment, new transitions, the progress bar, warnings, checks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import warnings
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
+import torch as th
 from gymnasium import spaces
+from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_ext.common.buffers import OfflineReplayBuffer
+from sb3_ext.common.priorities import Priorities
+from sb3_ext.common.prioritized import PrioritizedReplayBuffer
 
 
 class OfflineEnv(gym.Env[Any, Any]):
@@ -42,10 +49,23 @@ class OfflineEnv(gym.Env[Any, Any]):
         raise RuntimeError("Offline learning has no environment. Pass env= to the constructor or to learn_online().")
 
 
+class OnlineReplayBuffer(PrioritizedReplayBuffer):
+    """New transitions; where ``clip_rewards`` is set, each reward is clipped to [-1, 1] before n of them are summed."""
+
+    clip_rewards = False
+
+    def _normalize_reward(  # type: ignore[override]
+        self, reward: NDArray[Any], env: VecNormalize | None = None
+    ) -> NDArray[Any]:
+        reward = super()._normalize_reward(reward, env)
+        return np.clip(reward, -1, 1) if self.clip_rewards else reward
+
+
 class OfflineProgressBar(ProgressBarCallback):
-    """SB3's progress bar, with the latest losses and values in front of it."""
+    """SB3's progress bar, with the losses and values of the last log line in front of it."""
 
     _SHOWN = (
+        ("nll", "nll"),
         ("td_loss", "td"),
         ("conservative_gap", "gap"),
         ("q_data", "Q data"),
@@ -54,8 +74,8 @@ class OfflineProgressBar(ProgressBarCallback):
     )
 
     def _on_step(self) -> bool:
-        values = self.logger.name_to_value
-        shown = [f"{label} {values['train/' + key]:.3g}" for key, label in self._SHOWN if "train/" + key in values]
+        values: dict[str, float] = self.model._last_means  # type: ignore[attr-defined]
+        shown = [f"{label} {values[key]:.3g}" for key, label in self._SHOWN if key in values]
         if shown:
             self.pbar.set_description(", ".join(shown), refresh=False)
         self.pbar.update(1)
@@ -84,8 +104,46 @@ def warn_on_overestimation(model: BaseAlgorithm, q_best: float, largest_return: 
     return bool(too_high)
 
 
+def sampler_mismatch(buffer: OfflineReplayBuffer, state: Any) -> str | None:
+    """
+    Compare a saved sampler with the buffer it should go on in.
+
+    :param buffer: the data
+    :param state: ``sampler_state`` of the buffer that was saved
+    :return: why the sampler cannot go on there; None if it can
+    """
+    how = {True: "by priority", False: "uniformly"}
+    before, now = isinstance(state, Priorities), hasattr(buffer, "priorities")
+    if before != now:
+        return f"The model was saved with data drawn {how[before]}, and this data is drawn {how[now]}"
+    size = state.tree.capacity if before else state.get("items", buffer.buffer_size)
+    if size != buffer.buffer_size:
+        return f"The model was saved with data of {size} transitions, and this data has {buffer.buffer_size}"
+    return None
+
+
+def with_adam(policy_kwargs: dict[str, Any] | None, eps: float) -> dict[str, Any]:
+    """
+    Add the default optimizer, unless the user chose one: fused Adam, the same update in a fifth of the time.
+
+    :param policy_kwargs: of the user
+    :param eps: Adam's epsilon; lower takes larger steps where gradients are small
+    :return: arguments of the policy
+    """
+    given = policy_kwargs or {}
+    if "optimizer_class" in given:
+        return dict(given)
+    return {"optimizer_class": th.optim.Adam, "optimizer_kwargs": {"eps": eps, "fused": True}, **given}
+
+
 def check_arguments(
-    policy: Any, env: Any, cql_alpha: float, batch_size: int, target_update_interval: int, n_steps: int
+    policy: Any,
+    env: Any,
+    cql_alpha: float,
+    batch_size: int,
+    target_update_interval: int,
+    n_steps: int,
+    policy_kwargs: dict[str, Any] | None,
 ) -> None:
     """
     Check what can be checked before any data is read.
@@ -96,6 +154,7 @@ def check_arguments(
     :param batch_size: at least 1
     :param target_update_interval: at least 1
     :param n_steps: at least 1
+    :param policy_kwargs: without ``double_q``, which is an argument of CQL here
     :raises TypeError: if ``env`` is no environment
     :raises ValueError: if a value is out of range or the policy does not exist here
     """
@@ -119,6 +178,8 @@ def check_arguments(
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
+    if "double_q" in (policy_kwargs or {}):
+        raise ValueError("policy_kwargs has no double_q here, it is an argument: CQL(..., double_q=True).")
 
 
 def check_policy(policy: str, space: spaces.Space[Any], policy_kwargs: dict[str, Any]) -> None:

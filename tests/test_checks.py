@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from sb3_ext.data import DatasetError, load_minari, make_eval_env
+from sb3_ext.data import DatasetError, load_minari, make_eval_env, verify_dataset
 from sb3_ext.data.checks import check_episode, frames_per_observation
+from sb3_ext.data.source import open_source
 from tests.conftest import MakeDataset, flags
 
 SPACE = spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -170,6 +171,22 @@ def test_pictures_stored_as_numbers_that_are_none() -> None:
     assert check_episode(episode(observations=fine), 0, "x", space, spaces.Discrete(3)).observations.dtype == np.uint8
     with pytest.raises(DatasetError, match=r"^x, episode 0, step 2: observations are stored as float64"):
         check_episode(episode(observations=replaced(fine, (2, 0, 0), 7.5)), 0, "x", space, spaces.Discrete(3))
+
+
+@pytest.mark.parametrize("data_format", ["arrow", "parquet", "hdf5"])
+def test_an_episode_of_more_rows_than_arrow_reads_at_once(data_format: str, make_dataset: MakeDataset) -> None:
+    steps = 40_000
+    frames = np.random.default_rng(0).integers(0, 256, (steps + 1, 2, 2), np.uint8)
+    long = episode(steps, observations=frames, rewards=np.arange(steps, dtype=np.float64))
+    short = episode(observations=frames[:5])
+    dataset = make_dataset([short, long], spaces.Box(0, 255, (2, 2), np.uint8), data_format=data_format)
+    before, found = open_source(dataset).read_all()
+    assert len(before.rewards) == 4
+    np.testing.assert_array_equal(found.observations, frames)
+    np.testing.assert_array_equal(found.actions, long["actions"])
+    np.testing.assert_array_equal(found.rewards, long["rewards"])
+    assert found.terminated
+    assert verify_dataset(dataset).ok
 
 
 def test_no_episode_at_all(make_dataset: MakeDataset, tmp_path: Path) -> None:

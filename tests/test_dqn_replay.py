@@ -354,6 +354,38 @@ def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.M
         convert(tmp_path, subset="first", fraction=0.5)
 
 
+def test_a_kill_while_the_work_is_cleared_away_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_log(tmp_path, steps_of([30, 60]))
+    data = Path(convert(tmp_path).storage.data_path)
+    undisturbed = digest(data)
+    work, unlink = data.parent.with_name(".game-v0-convert"), Path.unlink
+    left = kills = 0
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        nonlocal left
+        unlink(path, missing_ok)
+        if path.parent == work:
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+
+    while True:
+        shutil.rmtree(data.parent)
+        left = kills + 1
+        monkeypatch.setattr(Path, "unlink", killed)
+        try:
+            convert(tmp_path)
+            break
+        except KeyboardInterrupt:
+            kills += 1
+        monkeypatch.setattr(Path, "unlink", unlink)
+        assert "log/game-v0" not in minari.list_local_datasets()
+        convert(tmp_path)
+        assert digest(data) == undisturbed
+        assert not work.exists()
+    assert kills >= 6
+
+
 # ------------------------------------------------------------------ bad input
 
 

@@ -249,6 +249,23 @@ def test_publishing_twice_to_a_folder_needs_overwrite(place: Path, tiny: minari.
     assert {p.name for p in place.parent.iterdir()} <= {"tiny-v0", ".tiny-v0.lock", "namespace_metadata.json"}
 
 
+def test_a_publisher_that_is_refused_leaves_the_others_files_alone(place: Path, tiny: minari.MinariDataset) -> None:
+    partial = place.with_name(f".{place.name}-publish")
+    partial.mkdir()
+    (partial / "half").write_text("of it")
+    before = contents(place)
+    with (
+        FileLock(place.with_name(f".{place.name}.lock")),
+        pytest.raises(DatasetError, match="Another process is publishing"),
+    ):
+        publish(tiny, place, overwrite=True)
+    assert contents(partial) == {"half": b"of it"}
+    assert contents(place) == before
+    publish(tiny, place, overwrite=True)
+    assert contents(place).keys() == before.keys()
+    assert not partial.exists()
+
+
 def stray(folder: Path, dataset: minari.MinariDataset) -> Path:
     return Path(shutil.copytree(Path(dataset.storage.data_path).parent, folder / "copy"))
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import minari
@@ -172,6 +172,8 @@ def test_nothing_finished_nothing_written(script: Any, capsys: pytest.CaptureFix
         (["CartPole-v1", "--id", "aa/human-v0", "--keys", "left:7"], "action 7 is outside"),
         (["CartPole-v1", "--id", "aa/human-v0", "--keys", "bogus:1"], "no key 'bogus'"),
         (["Pendulum-v1", "--id", "aa/human-v0"], "Only discrete actions"),
+        (["Blackjack-v1", "--id", "aa/human-v0"], "observation_space is Tuple"),
+        (["FrozenLake-v1", "--id", "aa/human-v0"], "FlattenObservation"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,6 +184,38 @@ def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFix
 def test_the_environment_must_give_pictures() -> None:
     with pytest.raises(ValueError, match="render_mode='rgb_array'"):
         play_episodes(gym.make("CartPole-v1"), 1)
+
+
+class Blank(gym.Env[np.ndarray, Any]):
+    """Draws what it is told to."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
+    observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+    render_mode = "rgb_array"
+
+    def __init__(self, drawn: Any) -> None:
+        self.drawn = drawn
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        return np.zeros(1, np.float32), {}
+
+    def render(self) -> Any:
+        return self.drawn
+
+
+@pytest.mark.parametrize(("drawn", "what"), [(None, "None"), (np.zeros(3), r"shape \(3,\)")])
+def test_an_environment_that_draws_nothing_is_refused(script: Any, drawn: Any, what: str) -> None:
+    script({0: ["escape"]})
+    with pytest.raises(ValueError, match=rf"render\(\) gives {what}, not a picture"):
+        play_episodes(Blank(drawn), 1, message=lambda text: None)
+    assert not pygame.display.get_init()
+
+
+def test_observations_that_are_no_arrays_cannot_be_kept(script: Any) -> None:
+    script({0: ["escape"]})
+    with pytest.raises(TypeError, match="observations that are arrays"):
+        play_episodes(gym.make("Blackjack-v1", render_mode="rgb_array"), 1, message=lambda text: None)
 
 
 def test_keys() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from minari.dataset.minari_storage import MinariStorage
+from sb3_contrib import RecurrentPPO
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -18,6 +19,7 @@ from stable_baselines3.common.monitor import Monitor
 
 from sb3_ext.common.frames import pack_frames
 from sb3_ext.data import (
+    DatasetError,
     Episode,
     EpisodeRecorder,
     StackFrames,
@@ -128,6 +130,32 @@ def test_how_much_to_record_must_be_said(amount: dict[str, int]) -> None:
 def test_a_policy_is_a_model_a_function_or_nothing() -> None:
     with pytest.raises(TypeError, match="policy must be an SB3 model"):
         collect_episodes("PPO", counting(), n_episodes=1)  # type: ignore[arg-type]
+
+
+def pendulum() -> gym.Env[Any, Any]:
+    return gym.make("Pendulum-v1", max_episode_steps=8)
+
+
+def test_a_policy_may_reuse_its_array_of_actions() -> None:
+    shared, turn = np.zeros(1, np.float32), iter(np.linspace(-2, 2, 8, dtype=np.float32))
+
+    def policy(observation: np.ndarray) -> np.ndarray:
+        shared[:] = next(turn)
+        return shared
+
+    (episode,) = collect_episodes(policy, pendulum(), n_episodes=1)
+    np.testing.assert_array_equal(episode.actions[:, 0], np.linspace(-2, 2, 8, dtype=np.float32))
+
+
+def test_a_recurrent_model_remembers_within_an_episode() -> None:
+    model = RecurrentPPO("MlpLstmPolicy", pendulum(), policy_kwargs={"lstm_hidden_size": 4}, seed=0, device="cpu")
+    found = collect_episodes(model, pendulum(), n_episodes=2, deterministic=True, seed=3)
+    for episode in found:
+        state = None
+        for t, action in enumerate(episode.actions):
+            wanted, state = model.predict(episode.observations[t], state, deterministic=True)
+            np.testing.assert_array_equal(action, wanted)
+        assert (action != model.predict(episode.observations[t], deterministic=True)[0]).all()
 
 
 def test_a_greedy_model_is_repeatable() -> None:
@@ -308,6 +336,75 @@ def test_an_environment_without_spec_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no spec; build it with gymnasium\.make"):
         write("by/hand-v0", [some_episode()], Counting())
     assert not (tmp_path / "datasets" / "by").exists()
+
+
+class Shown(gym.ObservationWrapper[Any, Any, Any], gym.utils.RecordConstructorArgs):
+    """Claims to show observations of another space, and does."""
+
+    def __init__(self, env: gym.Env[Any, Any], space: spaces.Space[Any]) -> None:
+        gym.utils.RecordConstructorArgs.__init__(self)
+        super().__init__(env)
+        self.observation_space = space
+
+    def observation(self, observation: Any) -> Any:
+        return self.observation_space.sample()
+
+
+def never(observation: Any) -> int:
+    raise AssertionError("Something was played.")
+
+
+BOX = spaces.Box(0, 1, (2,), np.float32)
+NO_ARRAYS = [spaces.Dict(a=BOX), spaces.Tuple([BOX, BOX]), spaces.Text(3), spaces.Sequence(BOX)]
+
+
+@pytest.mark.parametrize("space", NO_ARRAYS, ids=lambda space: type(space).__name__)
+def test_observations_that_are_no_arrays_are_refused(space: spaces.Space[Any]) -> None:
+    env = Shown(counting(), space)
+    with pytest.raises(TypeError, match=r"observations that are arrays, not .*FlattenObservation"):
+        EpisodeRecorder(env)
+    with pytest.raises(TypeError, match="observations that are arrays"):
+        collect_episodes(never, env, n_episodes=1)
+
+
+@pytest.mark.parametrize(
+    "space", [*NO_ARRAYS, spaces.Discrete(3), spaces.MultiBinary(2)], ids=lambda space: type(space).__name__
+)
+def test_what_could_not_be_loaded_is_not_recorded(space: spaces.Space[Any], tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"^by/hand-v0: observation_space is .*FlattenObservation"):
+        record(never, Shown(counting(), space), "by/hand-v0", n_episodes=1)
+    assert not (tmp_path / "datasets" / "by").exists()
+    if not isinstance(space, spaces.Sequence):
+        flat = gym.wrappers.FlattenObservation(Shown(counting(), space))
+        assert len(collect_episodes(None, flat, n_episodes=1)) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*Overriding environment")
+def test_record_checks_everything_before_it_plays(tmp_path: Path) -> None:
+    write("by/taken-v0", [some_episode()])
+    gym.register("Callable-v0", entry_point=f"{__name__}:Counting", kwargs={"length": int}, disable_env_checker=True)
+    odd = gym.make("Callable-v0")
+    gym.registry.pop("Callable-v0")
+    shifted = gym.wrappers.TransformAction(counting(), lambda action: action - 1, spaces.Discrete(5, start=1))
+    for message, env, dataset_id, more in (
+        ("no dataset id", counting(), "by/hand", {}),
+        ("exists; choose another version", counting(), "by/taken-v0", {}),
+        (
+            "data_format must be one of arrow, hdf5, parquet, not 'csv'",
+            counting(),
+            "by/hand-v0",
+            {"data_format": "csv"},
+        ),
+        ("has no spec; build it with gymnasium.make", Counting(), "by/hand-v0", {}),
+        ("spec cannot be stored as JSON .*arguments", odd, "by/hand-v0", {}),
+        ("SB3 counts actions from 0", shifted, "by/hand-v0", {}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            record(never, env, dataset_id, n_episodes=1, **more)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'auther'"):
+        record(never, counting(), "by/hand-v0", n_episodes=1, auther="A")
+    record(None, counting(), "by/taken-v0", n_episodes=1, overwrite=True)
+    assert sorted(p.name for p in (tmp_path / "datasets" / "by").iterdir()) == ["namespace_metadata.json", "taken-v0"]
 
 
 # ------------------------------------------------------------------ ids, failures

@@ -16,7 +16,8 @@ from gymnasium import spaces
 from sb3_ext import record
 from sb3_ext.data import download, list_datasets, publish, sample_transitions, show_dataset, verify_dataset
 from sb3_ext.data.outlook import action_coverage, judge, neighbours_agree, room_above
-from sb3_ext.data.show import picture
+from sb3_ext.data.show import _read_one, picture
+from sb3_ext.data.source import open_source
 from sb3_ext.zoo.main import main
 from tests.conftest import MakeDataset, flags
 
@@ -278,6 +279,20 @@ def test_show(cartpole: minari.MinariDataset, breakout: minari.MinariDataset, tm
         show_dataset(breakout, tmp_path / "x.png", episode=99)
     with pytest.raises(ValueError, match="at least 1"):
         show_dataset(breakout, tmp_path / "x.png", frames=0)
+
+
+def test_show_finds_episodes_of_a_split(cartpole: minari.MinariDataset, tmp_path: Path) -> None:
+    part, rest = minari.split_dataset(cartpole, sizes=[4, 4], seed=1)
+    numbers = part.episode_indices.tolist()
+    assert numbers != sorted(numbers)
+    for number in numbers:
+        shown, episode, _ = _read_one(open_source(part), number)
+        assert shown == number
+        np.testing.assert_array_equal(episode.observations, cartpole[number].observations)
+    missing = int(rest.episode_indices[0])
+    between = f"it has 4 between {min(numbers)} and {max(numbers)}"
+    with pytest.raises(ValueError, match=f"has no episode {missing}; {between}"):
+        show_dataset(part, tmp_path / "x.png", episode=missing)
 
 
 def test_what_a_picture_shows() -> None:

@@ -14,7 +14,7 @@ from sb3_ext.data.replay_log import ReplayLog, ReplayLogger
 from sb3_ext.data.replay_plan import SUBSETS
 from sb3_ext.data.show import Transitions, list_datasets, sample_transitions, show_dataset
 from sb3_ext.data.verify import DatasetReport, verify_dataset
-from sb3_ext.data.write import Episode, check_new_id, write_dataset
+from sb3_ext.data.write import Episode, check_new_dataset, check_new_id, write_dataset
 
 if TYPE_CHECKING:
     from sb3_ext.data.minari import load_minari, make_eval_env
@@ -30,6 +30,7 @@ __all__ = [
     "ReplayLogger",
     "StackFrames",
     "Transitions",
+    "check_new_dataset",
     "check_new_id",
     "collect_episodes",
     "convert_dqn_replay",

@@ -361,8 +361,8 @@ def _finish(work: Path, final: Path, namespace: str | None, env: gym.Env[Any, An
     )
     storage.update_metadata({**facts, "dataset_size": round(size / 1e6, 1)})
     ensure_namespace(namespace)
-    for path in work.iterdir():
-        if path != data and path.name != "plan.txt":
-            path.unlink()
-    (work / "plan.txt").unlink()
+    # a file that counts as done needs its parts, and all of them need the plan
+    order = {".json": 0, ".npz": 1, ".txt": 2}
+    for path in sorted(set(work.iterdir()) - {data}, key=lambda path: order.get(path.suffix, 0)):
+        path.unlink()
     replace_folder(work, final)

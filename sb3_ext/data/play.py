@@ -111,6 +111,7 @@ def play_episodes(
     :param message: called with what a player should read beforehand
     :return: the finished episodes
     :raises ImportError: if pygame is missing
+    :raises TypeError: if the observations are no arrays
     :raises ValueError: if the environment cannot be played so, or an action does not exist
     """
     try:
@@ -167,7 +168,15 @@ class _Session:
         self.paused, self.score = True, 0.0
 
     def _frame(self) -> NDArray[Any]:
-        return np.asarray(self.recorder.env.render())
+        drawn = self.recorder.env.render()
+        picture = np.asarray(drawn)
+        if picture.ndim != 3:
+            what = "None" if drawn is None else f"shape {picture.shape}"
+            raise ValueError(
+                f"The environment's render() gives {what}, not a picture [height, width, 3]. It must draw itself to be "
+                "played."
+            )
+        return picture
 
     def run(self, n_episodes: int) -> list[Episode]:
         """Play until enough episodes are finished or the player has had enough."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypeGuard
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from sb3_ext.common.frames import pack_frames
 from sb3_ext.data.envs import StackFrames
-from sb3_ext.data.write import Episode, write_dataset
+from sb3_ext.data.write import Episode, check_new_dataset, write_dataset
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -32,12 +33,18 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
     :param episodes: list that receives them; several recorders may share one
     :param keep: share of the episodes to keep; the choice is seeded and made before each episode starts
     :param seed: seed of that choice
+    :raises TypeError: if the observations are no arrays
     """
 
     def __init__(
         self, env: gym.Env[Any, Any], episodes: list[Episode] | None = None, keep: float = 1.0, seed: int = 0
     ) -> None:
         super().__init__(env)
+        if env.observation_space.shape is None:
+            raise TypeError(
+                f"EpisodeRecorder keeps observations that are arrays, not {env.observation_space}. Make them arrays "
+                "first, with gymnasium.wrappers.FlattenObservation for instance."
+            )
         self.episodes: list[Episode] = [] if episodes is None else episodes
         self.keep = keep
         self._rng = np.random.default_rng(seed)
@@ -73,7 +80,7 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         observation, reward, terminated, truncated, info = self.env.step(action)
         if self._observations:
             self._observations.append(np.array(observation))
-            self._actions.append(np.asarray(action))
+            self._actions.append(np.array(action))
             self._rewards.append(float(reward))
             if terminated or truncated:
                 self._store(bool(terminated))
@@ -86,14 +93,29 @@ def _is_model(policy: BaseAlgorithm | Policy | None) -> TypeGuard[BaseAlgorithm]
     return isinstance(policy, BaseAlgorithm)
 
 
-def _as_policy(policy: BaseAlgorithm | Policy | None, env: gym.Env[Any, Any], deterministic: bool) -> Policy:
+def _as_actor(
+    policy: BaseAlgorithm | Policy | None, env: gym.Env[Any, Any], deterministic: bool
+) -> Callable[[NDArray[Any], bool], Any]:
+    """Function from an observation, and whether an episode starts with it, to the action."""
     if policy is None:
-        return lambda observation: env.action_space.sample()
+        return lambda observation, start: env.action_space.sample()
     if _is_model(policy):
-        model = policy
-        return lambda observation: model.predict(observation, deterministic=deterministic)[0]
+        model, state = policy, None
+
+        def act(observation: NDArray[Any], start: bool) -> NDArray[Any]:
+            nonlocal state
+            action, state = model.predict(
+                observation,
+                state=None if start else state,
+                episode_start=np.array([start]),
+                deterministic=deterministic,
+            )
+            return action
+
+        return act
     if callable(policy):
-        return policy
+        function = policy
+        return lambda observation, start: function(observation)
     raise TypeError(f"policy must be an SB3 model, a function from observation to action, or None, not {type(policy)}.")
 
 
@@ -134,21 +156,21 @@ def collect_episodes(
     :return: the episodes
     :raises ValueError: if not exactly one of ``n_episodes`` and ``n_steps`` is given and positive, or the model does
         not fit
-    :raises TypeError: if ``policy`` is none of these
+    :raises TypeError: if ``policy`` is none of these, or the observations are no arrays
     """
     wanted = n_steps if n_episodes is None else n_episodes
     if (n_episodes is None) == (n_steps is None) or wanted is None or wanted < 1:
         raise ValueError(f"Give either n_episodes or n_steps, at least 1; got {n_episodes} and {n_steps}.")
     recorder = EpisodeRecorder(env)
     view = _agent_view(policy, recorder)
-    act = _as_policy(policy, env, deterministic)
+    act = _as_actor(policy, env, deterministic)
     env.action_space.seed(seed)
     steps = 0
     while (steps if n_episodes is None else len(recorder.episodes)) < wanted:
         observation, _ = view.reset(seed=seed + len(recorder.episodes))
-        done = False
+        start, done = True, False
         while not done:
-            action = act(observation)
+            action, start = act(observation, start), False
             if isinstance(env.action_space, spaces.Discrete):
                 action = int(action)
             observation, _, terminated, truncated, _ = view.step(action)
@@ -171,7 +193,7 @@ def record(
     **kwargs: Any,
 ) -> minari.MinariDataset:
     """
-    Play episodes with a policy and write them as a Minari dataset.
+    Play episodes with a policy and write them as a Minari dataset, which is checked to be possible before they start.
 
     :param policy: see :func:`collect_episodes`
     :param env: see :func:`collect_episodes`
@@ -184,8 +206,11 @@ def record(
     :param description: default: one sentence made of the above
     :param kwargs: see :func:`write_dataset`
     :return: the dataset
-    :raises ValueError: see both functions
+    :raises ValueError: see both functions, and :func:`check_new_dataset`
+    :raises TypeError: see :func:`collect_episodes`, or for an argument that :func:`write_dataset` has not
     """
+    inspect.signature(write_dataset).bind(dataset_id, (), env, algorithm_name="", description="", **kwargs)
+    check_new_dataset(dataset_id, env, kwargs.get("data_format"), kwargs.get("overwrite", False))
     name = algorithm_name or ("random" if policy is None else str(getattr(policy, "__name__", type(policy).__name__)))
     episodes = collect_episodes(
         policy, env, n_episodes=n_episodes, n_steps=n_steps, deterministic=deterministic, seed=seed

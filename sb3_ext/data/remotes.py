@@ -111,16 +111,17 @@ class FolderRemote(Remote):
         try:
             with lock_folder(final, f"Another process is publishing {final}."), full_disk(final.parent, needed):
                 recover_folder(partial, final)
-                check_space(final.parent, needed)
                 shutil.rmtree(partial, ignore_errors=True)
-                for name, path in files.items():
-                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(path, partial / name)
-                replace_folder(partial, final)
+                check_space(final.parent, needed)
+                try:
+                    for name, path in files.items():
+                        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(path, partial / name)
+                    replace_folder(partial, final)
+                finally:  # with the lock still held: without it the folder may be another's
+                    shutil.rmtree(partial, ignore_errors=True)
         except PermissionError as error:
             raise DatasetError(f"{final.parent} may not be written ({error}). Choose another place.") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _hub_errors() -> tuple[type[BaseException], ...]:

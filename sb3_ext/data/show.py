@@ -167,9 +167,12 @@ def _read_one(source: Source, number: int | None) -> tuple[int, CheckedEpisode, 
     else:
         read = source.read(storage, source.episodes, lengths, strict=False)
         returns = np.array([e.rewards.sum(dtype=np.float64) for e in read])
-    position = int(returns.argmax()) if number is None else int(np.searchsorted(source.episodes, number))
-    if not 0 <= position < len(returns) or (number is not None and source.episodes[position] != number):
-        raise ValueError(f"{source.name} has no episode {number}; they go from 0 to {source.episodes[-1]}.")
+    places = [int(returns.argmax())] if number is None else np.flatnonzero(source.episodes == number).tolist()
+    if not places:
+        first, last, n = source.episodes.min(), source.episodes.max(), len(source.episodes)
+        those = f"they go from {first} to {last}" if last - first < n else f"it has {n} between {first} and {last}"
+        raise ValueError(f"{source.name} has no episode {number}; {those}.")
+    position = places[0]
     at = slice(position, position + 1)
     episode = next(source.read(storage, source.episodes[at], lengths[at], strict=False))
     return int(source.episodes[position]), episode, returns

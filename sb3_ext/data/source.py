@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import os
 import warnings
@@ -97,8 +98,8 @@ class Source:
         """
         if storage.FORMAT == "hdf5":
             found = iter(storage.get_episodes(episodes.tolist()))
-        else:  # one by one: Minari pairs numbers with Arrow batches blindly, and an unreadable file stops all of them
-            found = (next(iter(storage.get_episodes([number]))) for number in episodes.tolist())
+        else:
+            found = (_read_arrow(storage, number) for number in episodes.tolist())
         for number in episodes.tolist():
             try:
                 episode = next(found)
@@ -180,6 +181,32 @@ _AGAIN = "Delete the dataset and get it again."
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _decode(column: Any, space: spaces.Space[Any], jpeg: bool) -> NDArray[Any]:
+    """Array of an Arrow column as Minari writes it: pictures as JPEG files, other boxes as lists, the rest as it is."""
+    if jpeg and is_image_space(space):
+        from PIL import Image
+
+        return np.stack([np.asarray(Image.open(io.BytesIO(picture))) for picture in column.to_pylist()])
+    if isinstance(space, spaces.Box):
+        return np.array(column.combine_chunks().flatten()).reshape(-1, *space.shape)
+    return np.asarray(column)
+
+
+def _read_arrow(storage: MinariStorage, number: int) -> dict[str, Any]:
+    """Read all of an episode; Minari itself stops after its first batch, of 32,768 rows at most."""
+    import pyarrow.dataset as arrow  # here, because it takes a second and HDF5 does without
+
+    table = arrow.dataset(
+        f"{storage.data_path}/{number}", format=storage.FORMAT, ignore_prefixes=["_", ".", "metadata.json"]
+    ).to_table(columns=["observations", "actions", "rewards", "terminations", "truncations"])
+    jpeg = bool(storage.metadata.get("jpeg_encoding", True))
+    return {
+        "observations": _decode(table["observations"], storage.observation_space, jpeg),
+        "actions": _decode(table["actions"][:-1], storage.action_space, jpeg),
+        **{name: np.asarray(table[name])[:-1] for name in ("rewards", "terminations", "truncations")},
+    }
 
 
 def _name(metadata: dict[str, Any], path: Path) -> str:

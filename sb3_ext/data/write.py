@@ -25,9 +25,11 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from numpy.typing import NDArray
 
 from sb3_ext.common.frames import unpack_frames
+from sb3_ext.data.checks import check_spaces
 from sb3_ext.data.envs import is_frame_space
 from sb3_ext.data.folders import ensure_namespace, remove_empty, replace_folder
 
+_FORMATS = ("arrow", "hdf5", "parquet")
 _OBSERVERS = (
     "sb3_ext.data.record:EpisodeRecorder",
     "sb3_ext.data.replay_log:ReplayLogger",
@@ -103,7 +105,7 @@ def plain_spec(env: gym.Env[Any, Any]) -> EnvSpec:
 
     :param env: built with ``gymnasium.make``
     :return: its spec
-    :raises ValueError: if it has none
+    :raises ValueError: if it has none, or one that cannot be stored
     """
     spec = deepcopy(env.spec)
     if spec is None:
@@ -113,6 +115,13 @@ def plain_spec(env: gym.Env[Any, Any]) -> EnvSpec:
         spec.entry_point = f"{spec.entry_point.__module__}:{getattr(spec.entry_point, '__qualname__', '')}"
     wrappers = tuple(w for w in spec.additional_wrappers if w.entry_point not in _OBSERVERS)
     spec.additional_wrappers = wrappers
+    try:
+        spec.to_json()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The environment's spec cannot be stored as JSON ({error}). Build {spec.id} and its wrappers with "
+            "arguments that are numbers, texts, lists or dictionaries."
+        ) from error
     for wrapper in wrappers:
         if wrapper.kwargs is None:
             warnings.warn(
@@ -141,6 +150,29 @@ def check_new_id(dataset_id: str, overwrite: bool = False) -> tuple[str | None, 
     if folder.exists() and not overwrite:
         raise ValueError(f"The dataset {dataset_id!r} exists; choose another version or pass overwrite=True.")
     return match["namespace"], folder
+
+
+def check_new_dataset(
+    dataset_id: str, env: gym.Env[Any, Any], data_format: str | None = None, overwrite: bool = False
+) -> None:
+    """
+    Make sure that a dataset of an environment can be written and loaded again, before anything is played for it.
+
+    :param dataset_id: see :func:`write_dataset`
+    :param env: see :func:`write_dataset`
+    :param data_format: see :func:`write_dataset`
+    :param overwrite: see :func:`write_dataset`
+    :raises DatasetError: if the observations are no vectors or pictures, or the actions neither discrete nor vectors
+    :raises ValueError: if the id or the format is none, the id is taken, or the environment has no spec that can be
+        stored
+    """
+    check_new_id(dataset_id, overwrite)
+    if data_format is not None and data_format not in _FORMATS:
+        raise ValueError(f"data_format must be one of {', '.join(_FORMATS)}, not {data_format!r}.")
+    check_spaces(env.observation_space, env.action_space, dataset_id, continuous=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come when the dataset is written
+        plain_spec(env)
 
 
 def requirements(env: gym.Env[Any, Any]) -> list[str]:

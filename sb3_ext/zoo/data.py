@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sb3_ext.data import (
-    check_new_id,
+    check_new_dataset,
     convert_dqn_replay,
     default_keys,
     describe_keys,
@@ -28,8 +28,8 @@ def play(args: argparse.Namespace, words: list[str]) -> None:
     """
     check_env_id(args.env_id)
     with one_line_errors():
-        check_new_id(args.id, args.overwrite)
         env = make_env(args.env_id, render_mode="rgb_array")
+        check_new_dataset(args.id, env, overwrite=args.overwrite)
         keys = parse_keys(args.keys) if args.keys else default_keys(env)
         episodes = play_episodes(env, args.episodes, keys=keys, fps=args.fps, size=args.size, seed=args.seed)
     if not episodes:

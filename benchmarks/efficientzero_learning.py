@@ -55,7 +55,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "settings": {
             "gamma": 0.99, "learning_rate": LinearSchedule(1e-3, 1e-4, 1.0), "train_freq": 2, "gradient_steps": 1,
             "learning_starts": 1000, "num_simulations": 8, "max_num_considered_actions": 3,
-            "search_value": "improved",
+            "search_value": "improved", "memoize_reanalysis": True,
             "policy_kwargs": {
                 "features_extractor_class": MinAtarCNN, "normalize_images": False, "value_range": 20,
                 "optimizer_kwargs": {"fused": True},

@@ -16,6 +16,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ext import BC, CQL, load_minari, make_eval_env, record
 from sb3_ext.common.buffers import OfflineReplayBuffer
@@ -711,3 +712,23 @@ def test_shortcut_for_images_equals_the_network(breakout: minari.MinariDataset) 
     assert model._online_forward != model.quantile_net.forward
     assert th.equal(model._online_forward(observations), model.quantile_net(observations))
     assert th.equal(observations, before)
+
+
+def test_learning_begins_the_statistics_of_vec_normalize(cartpole: minari.MinariDataset) -> None:
+    env = VecNormalize(make_vec_env("CartPole-v1", 1))
+    model = CQL("MlpPolicy", cartpole, env=env, seed=0).learn(1)
+    assert isinstance(model.replay_buffer, OfflineReplayBuffer)
+    raw = model.replay_buffer._get_samples(np.arange(model.replay_buffer.size())).observations.numpy()
+    normalized = env.normalize_obs(raw)
+    assert isinstance(normalized, np.ndarray)
+    np.testing.assert_allclose(normalized.mean(0), 0, atol=1e-3)
+    assert model.get_env() is env
+
+
+def test_models_may_share_a_buffer(cartpole: minari.MinariDataset) -> None:
+    data = load_minari(cartpole)
+    one = CQL("MlpPolicy", data, n_steps=3, seed=0)
+    CQL("MlpPolicy", data, n_steps=1, clip_rewards=True, gamma=0.5, seed=0)
+    one.learn(1)
+    assert isinstance(one.replay_buffer, OfflineReplayBuffer)
+    assert (data.n_steps, data.gamma, data.clip_rewards) == (3, one.gamma, False)

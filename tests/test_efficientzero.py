@@ -19,9 +19,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.torch_layers import NatureCNN
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_ext import EfficientZeroV2
+from sb3_ext import DQN, EfficientZeroV2
 from sb3_ext.common.losses import (
     cross_entropy,
     inverse_value_transform,
@@ -387,6 +387,27 @@ def test_a_loaded_replay_buffer_fits_todays_settings(change: dict[str, Any], tmp
     other.load_replay_buffer(tmp_path / "replay")
     other.learn(4, reset_num_timesteps=False)
     assert other._n_updates > model._n_updates
+
+
+def test_replay_buffers_of_others_are_refused(tmp_path: Path) -> None:
+    DQN("MlpPolicy", "CartPole-v1", buffer_size=10).save_replay_buffer(tmp_path / "dqn")
+    model = EfficientZeroV2("MlpPolicy", "CartPole-v1", seed=0, **SMALL)
+    own = model.replay_buffer
+    with pytest.raises(ValueError, match="holds a ReplayBuffer, not one of EfficientZeroV2"):
+        model.load_replay_buffer(tmp_path / "dqn")
+    assert model.replay_buffer is own
+
+
+def test_pretraining_begins_the_statistics_of_vec_normalize(cartpole: minari.MinariDataset) -> None:
+    env = VecNormalize(make_vec_env("CartPole-v1", 1))
+    model = EfficientZeroV2("MlpPolicy", env, seed=0, **{**SMALL, "buffer_size": 1000})
+    model.pretrain(cartpole, 1)
+    assert isinstance(model.replay_buffer, SequenceReplayBuffer)
+    everything = np.arange(model.replay_buffer.size())
+    normalized = env.normalize_obs(model.replay_buffer.store.take(everything, everything)[0])
+    assert isinstance(normalized, np.ndarray)
+    np.testing.assert_allclose(normalized.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(normalized.std(0), 1, atol=1e-2)
 
 
 def test_what_was_searched_with_other_settings_is_forgotten(tmp_path: Path) -> None:

@@ -490,6 +490,26 @@ def test_learning_on_after_a_stop_begins_anew(once: bool, error: bool) -> None:
     assert not np.array_equal(after[3], before[4])
 
 
+def test_sb3s_own_buffers_go_on_in_the_same_episode() -> None:
+    model = DQN("MlpPolicy", "CartPole-v1", learning_starts=50, train_freq=1, seed=0)
+    model.learn(20, callback=StopAt(5, False))
+    assert model._last_obs is not None
+
+
+def test_loaded_replay_buffers_fit_the_model(tmp_path: Path) -> None:
+    model = DQN("MlpPolicy", "CartPole-v1", n_steps=3, **PER).learn(60)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    other = DQN.load(tmp_path / "model", gamma=0.5)
+    other.load_replay_buffer(tmp_path / "buffer")
+    assert (other.replay_buffer.size(), other.replay_buffer.gamma) == (60, 0.5)
+    longer = DQN.load(tmp_path / "model", n_steps=5)
+    own = longer.replay_buffer
+    with pytest.raises(ValueError, match="saved replay buffer has n_steps=3, the model 5"):
+        longer.load_replay_buffer(tmp_path / "buffer")
+    assert longer.replay_buffer is own
+
+
 def test_loaded_models_have_todays_discount(tmp_path: Path) -> None:
     DQN("MlpPolicy", "CartPole-v1", n_steps=3, replay_buffer_kwargs={"alpha": 0.5}, **PER).save(tmp_path / "model")
     model = DQN.load(tmp_path / "model", gamma=0.5, n_steps=5)

@@ -12,10 +12,11 @@ import pytest
 from gymnasium import spaces
 from minari.dataset.minari_storage import MinariStorage
 from sb3_contrib import RecurrentPPO
-from stable_baselines3 import DQN
+from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ext.common.frames import pack_frames
 from sb3_ext.data import (
@@ -554,3 +555,12 @@ def test_from_a_model_to_a_dataset_to_a_buffer_to_an_evaluation() -> None:
     assert buffer.episode_returns().tolist() == [float(e.rewards.sum()) for e in dataset]
     mean, _ = evaluate_policy(model, make_eval_env(dataset, seed=0), n_eval_episodes=2)
     assert mean > 0
+
+
+def test_a_model_behind_vec_normalize_sees_what_it_was_trained_on() -> None:
+    env = VecNormalize(make_vec_env("CartPole-v1", 1, seed=0))
+    model = PPO("MlpPolicy", env, n_steps=64, batch_size=64, seed=0, device="cpu").learn(64)
+    (episode,) = collect_episodes(model, gym.make("CartPole-v1"), n_episodes=1, deterministic=True)
+    normalized = env.normalize_obs(episode.observations[:-1])
+    np.testing.assert_array_equal(episode.actions, model.predict(normalized, deterministic=True)[0])
+    assert (model.predict(episode.observations[:-1], deterministic=True)[0] != episode.actions).any()

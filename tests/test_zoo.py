@@ -419,6 +419,7 @@ def test_mistakes_in_settings(here: Path, capsys: pytest.CaptureFixture[str], mo
     fails(capsys, train("-params", "batch_size:0.5"), "batch_size must be a whole number, got 0.5")
     fails(capsys, train("--eval-episodes", "0"), "--eval-episodes must be at least 1")
     fails(capsys, train("-params", "replay_buffer_class:[1]", algo="dqn"), "no replay_buffer_class [1]")
+    fails(capsys, train("-params", "replay_buffer_kwargs:5", algo="dqn"), "copy")
     fails(capsys, train("-params", "gamma:!!python/object/apply:os.getcwd []"), "not plain YAML")
     fails(capsys, train(*conf("CartPole-v1: {gama: 1}")), "my.yml, entry 'CartPole-v1'", "'gama'", "gamma")
     fails(capsys, train(*conf("default: !!python/object/apply:os.mkdir [owned]")), "my.yml is not plain YAML")
@@ -671,3 +672,13 @@ def test_efficientzero_has_the_papers_setting_for_atari(here: Path) -> None:
     assert (model.mixed_start, model.optimize_memory_usage, model._n_updates) == (30_000, True, 8)
     _, entries = read_entries(load_algo("efficientzero"), None)
     assert entries["atari"]["policy_kwargs"]["network_kwargs"] == {"value_prefix": True}
+
+
+def test_damaged_evaluations_are_left_behind(here: Path) -> None:
+    command = [*EZ_START, "--eval-freq", "30", "--eval-episodes", "1", "--resume", *EZ_SMALL]
+    assert main([*command, "-n", "40"]) == 0
+    file = here / "logs" / "efficientzero" / "CartPole-v1_1" / "evaluations.npz"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.warns(UserWarning, match=r"evaluations.npz is damaged"):
+        assert main([*command, "-n", "70"]) == 0
+    assert np.load(file)["timesteps"].tolist() == [60]

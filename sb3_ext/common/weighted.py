@@ -7,11 +7,13 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 
 from sb3_ext.common.checkpoint import atomic_path
+from sb3_ext.common.mixed import MixedReplayBuffer
 from sb3_ext.common.prioritized import PrioritizedReplayBuffer
 from sb3_ext.common.training import LossOutput, MetricMeans, train_weighted
 
@@ -64,7 +66,7 @@ class WeightedMixin(OffPolicyAlgorithm):
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         """
         Collect as SB3 does. Where a callback or an error stops it, the environment has made a step that is not stored,
-        so the next ``learn`` resets it.
+        so with our buffers, which can end their sequences there, the next ``learn`` resets it.
 
         :param args: see SB3
         :param kwargs: see SB3
@@ -75,7 +77,7 @@ class WeightedMixin(OffPolicyAlgorithm):
             rollout = super().collect_rollouts(*args, **kwargs)
             goes_on = rollout.continue_training
         finally:
-            if not goes_on:
+            if not goes_on and isinstance(self.replay_buffer, (PrioritizedReplayBuffer, MixedReplayBuffer)):
                 self._last_obs = None
         return rollout
 
@@ -111,6 +113,33 @@ class WeightedMixin(OffPolicyAlgorithm):
                 super().save(file, exclude, include)
         else:
             super().save(path, exclude, include)
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer as SB3 does, if it fits this model's settings; otherwise the model keeps the one it has.
+
+        :param path: see SB3
+        :param truncate_last_traj: see SB3
+        :raises ValueError: if it does not fit
+        """
+        before = self.replay_buffer
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)
+            self._check_loaded_buffer(before)
+        except BaseException:
+            self.replay_buffer = before
+            raise
+
+    def _check_loaded_buffer(self, before: ReplayBuffer | None) -> None:
+        """Refuse a buffer whose returns are of other lengths than the model's; discount as the model does."""
+        loaded = self.replay_buffer
+        if isinstance(loaded, PrioritizedReplayBuffer) and isinstance(before, PrioritizedReplayBuffer):
+            if loaded.n_steps != before.n_steps:
+                raise ValueError(
+                    f"The saved replay buffer has n_steps={loaded.n_steps}, the model {before.n_steps}. Load the model "
+                    "with the same n_steps, or begin with an empty buffer."
+                )
+            loaded.gamma = before.gamma
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """

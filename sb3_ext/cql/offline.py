@@ -27,6 +27,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_ext.common.buffers import OfflineReplayBuffer
 from sb3_ext.common.graphs import RecordedLoss
 from sb3_ext.common.mixed import MixedReplayBuffer
+from sb3_ext.common.normalize import begin_statistics_of
 from sb3_ext.common.training import LossOutput, MetricMeans, train_weighted
 from sb3_ext.cql.support import (
     OfflineEnv,
@@ -81,14 +82,19 @@ class OfflineQRDQN(QRDQN):
             self.observation_space, self.action_space, self.n_envs = buffer.observation_space, buffer.action_space, 1
         else:
             self._check_spaces(buffer)
-        if isinstance(buffer, OfflineReplayBuffer):
-            buffer.n_steps, buffer.gamma, buffer.clip_rewards = self.n_steps, self.gamma, self.clip_rewards
         if self._policy_name is not None:
             check_policy(self._policy_name, buffer.observation_space, self.policy_kwargs)
         self.dataset_info = dict(getattr(buffer, "info", {}))
         self._offline_buffer = buffer
         self.replay_buffer = buffer
+        self._set_returns()
         self._bound = self._largest_return(buffer)
+
+    def _set_returns(self) -> None:
+        """Let the data give returns as this model wants them; another model may have the same buffer."""
+        buffer = self._offline_buffer
+        if isinstance(buffer, OfflineReplayBuffer):
+            buffer.n_steps, buffer.gamma, buffer.clip_rewards = self.n_steps, self.gamma, self.clip_rewards
 
     def _check_buffer(self, buffer: ReplayBuffer) -> None:
         """Refuse a replay buffer that cannot be the dataset."""
@@ -209,12 +215,11 @@ class OfflineQRDQN(QRDQN):
 
     def get_env(self) -> VecEnv | None:
         """
-        Return the environment; while learning offline without one, a stand-in with the right spaces that refuses to
-        step.
+        Return the environment; without one, a stand-in with the right spaces that refuses to step.
 
         :return: the environment
         """
-        if self._offline or self.env is None:
+        if self.env is None:
             return DummyVecEnv([lambda: OfflineEnv(self.observation_space, self.action_space)])
         return self.env
 
@@ -283,6 +288,7 @@ class OfflineQRDQN(QRDQN):
         if isinstance(self.replay_buffer, MixedReplayBuffer):
             self.replay_buffer = self._offline_buffer
         self._offline = True
+        begin_statistics_of(self._vec_normalize_env, self.replay_buffer)
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
@@ -310,6 +316,7 @@ class OfflineQRDQN(QRDQN):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         self._forget_recordings()  # they have the coefficients of then
+        self._set_returns()
         if not self._offline:
             return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         # BaseAlgorithm._setup_learn without its reset of the environment

@@ -100,12 +100,12 @@ def _as_actor(
     if policy is None:
         return lambda observation, start: env.action_space.sample()
     if _is_model(policy):
-        model, state = policy, None
+        model, state, normalize = policy, None, policy.get_vec_normalize_env()
 
         def act(observation: NDArray[Any], start: bool) -> NDArray[Any]:
             nonlocal state
             action, state = model.predict(
-                observation,
+                observation if normalize is None else normalize.normalize_obs(observation),
                 state=None if start else state,
                 episode_start=np.array([start]),
                 deterministic=deterministic,

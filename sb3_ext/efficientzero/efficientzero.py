@@ -11,12 +11,14 @@ from typing import Any, ClassVar, Self
 import torch as th
 from gymnasium import spaces
 from numpy.typing import NDArray
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import configure_logger
 
 from sb3_ext.common.graphs import RecordedLoss
 from sb3_ext.common.memo import SearchMemo
+from sb3_ext.common.normalize import begin_statistics
 from sb3_ext.common.resume import random_state, restore_random_state
 from sb3_ext.common.sequences import SequenceReplayBuffer, SequenceSamples
 from sb3_ext.common.training import LossOutput
@@ -316,7 +318,9 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         :raises ValueError: if there are several environments
         """
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
-        fill_replay_buffer(self.replay_buffer, dataset, self.policy)
+        buffer = self.replay_buffer
+        fill_replay_buffer(buffer, dataset, self.policy)
+        begin_statistics(self._vec_normalize_env, lambda i: buffer.store.take(i, i)[0], buffer.size())
         if not self._custom_logger and not hasattr(self, "_logger"):
             self._logger = configure_logger(self.verbose, self.tensorboard_log, "pretrain")
         self.train(gradient_steps, self.batch_size)
@@ -380,17 +384,9 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         finally:
             self._random_state = before
 
-    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        """
-        Load a replay buffer as SB3 does; its windows get the length that this model's settings need.
-
-        :param path: see SB3
-        :param truncate_last_traj: see SB3
-        :raises ValueError: if it is no replay buffer of this algorithm
-        """
-        super().load_replay_buffer(path, truncate_last_traj)
+    def _check_loaded_buffer(self, before: ReplayBuffer | None) -> None:
         if not isinstance(self.replay_buffer, SequenceReplayBuffer):
-            raise ValueError(f"{path} holds a {type(self.replay_buffer).__name__}, not one of EfficientZeroV2.")
+            raise ValueError(f"The file holds a {type(self.replay_buffer).__name__}, not one of EfficientZeroV2.")
         self.replay_buffer.length = self._window_length
 
     def _excluded_save_params(self) -> list[str]:

@@ -17,9 +17,9 @@ from gymnasium import spaces
 from imitation.data.types import DictObs, Trajectory
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
-from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
+from sb3_ext.common.normalize import begin_statistics
 from sb3_ext.data import DatasetError, Episode
 from sb3_ext.data.checks import check_actions, check_observations, check_same_actions, frames_per_observation
 from sb3_ext.data.envs import is_frame_space, to_channel_first
@@ -150,12 +150,7 @@ class Demonstrations:
 
         :param normalize: the wrapper
         """
-        if normalize is None or not (normalize.norm_obs and normalize.training):
-            return
-        assert isinstance(normalize.obs_rms, RunningMeanStd)
-        if normalize.obs_rms.count < 1:
-            for which in th.arange(len(self)).split(1024):
-                normalize.obs_rms.update(self.get(which, next_observations=False)[0].cpu().numpy())
+        begin_statistics(normalize, lambda i: self.get(th.from_numpy(i), None, False)[0].cpu().numpy(), len(self))
 
 
 def load_trajectories(demonstrations: DemonstrationsLike, env: gym.Env[Any, Any] | VecEnv) -> list[Trajectory]:

@@ -72,6 +72,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (
         AssertionError,
+        AttributeError,
         ImportError,
         LookupError,
         OSError,

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import uuid
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,9 +220,13 @@ def continue_evaluations(callback: EvalCallback, path: Path, steps: int) -> None
     """
     if not path.is_file():
         return
-    with np.load(path) as file:
-        keep = file["timesteps"] <= steps
-        timesteps, results, lengths = (file[key][keep] for key in ("timesteps", "results", "ep_lengths"))
+    try:
+        with np.load(path) as file:
+            keep = file["timesteps"] <= steps
+            timesteps, results, lengths = (file[key][keep] for key in ("timesteps", "results", "ep_lengths"))
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        warnings.warn(f"{path} is damaged ({error}); earlier evaluations are lost.", stacklevel=2)
+        return
     callback.evaluations_timesteps = timesteps.tolist()
     callback.evaluations_results = results.tolist()
     callback.evaluations_length = lengths.tolist()

@@ -419,7 +419,7 @@ def test_mistakes_in_settings(here: Path, capsys: pytest.CaptureFixture[str], mo
     fails(capsys, train("-params", "batch_size:0.5"), "batch_size must be a whole number, got 0.5")
     fails(capsys, train("--eval-episodes", "0"), "--eval-episodes must be at least 1")
     fails(capsys, train("-params", "replay_buffer_class:[1]", algo="dqn"), "no replay_buffer_class [1]")
-    fails(capsys, train("-params", "replay_buffer_kwargs:5", algo="dqn"), "copy")
+    fails(capsys, train("-params", "replay_buffer_kwargs:5", algo="dqn"), "must be a mapping")
     fails(capsys, train("-params", "gamma:!!python/object/apply:os.getcwd []"), "not plain YAML")
     fails(capsys, train(*conf("CartPole-v1: {gama: 1}")), "my.yml, entry 'CartPole-v1'", "'gama'", "gamma")
     fails(capsys, train(*conf("default: !!python/object/apply:os.mkdir [owned]")), "my.yml is not plain YAML")

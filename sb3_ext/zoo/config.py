@@ -320,6 +320,8 @@ def _argument(key: str, value: Any, parameter: inspect.Parameter, where: str) ->
         if not isinstance(value, str) or value not in BUFFERS:
             raise ZooError(f"{where}: there is no {key} {value!r}; {hint(str(value), BUFFERS)}")
         return EntryPoint(value, BUFFERS[value], "").load()
+    if key.endswith("_kwargs") and not isinstance(value, dict | None):
+        raise ZooError(f"{where}: {key} must be a mapping like {{name: value}}, got {value!r}.")
     if key == "train_freq" and isinstance(value, list):
         return tuple(value)
     default = parameter.default

@@ -221,7 +221,7 @@ def continue_evaluations(callback: EvalCallback, path: Path, steps: int) -> None
     if not path.is_file():
         return
     try:
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             keep = file["timesteps"] <= steps
             timesteps, results, lengths = (file[key][keep] for key in ("timesteps", "results", "ep_lengths"))
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:

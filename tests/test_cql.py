@@ -25,6 +25,7 @@ from sb3_ext.common.mixed import MixedReplayBuffer
 from sb3_ext.cql import offline
 from sb3_ext.cql.support import OfflineProgressBar
 from sb3_ext.data import DatasetError
+from tests.conftest import MakeDataset, flags
 from tests.test_losses import published_loss
 
 SMALL: dict[str, Any] = {"net_arch": [16], "n_quantiles": 10}
@@ -732,3 +733,25 @@ def test_models_may_share_a_buffer(cartpole: minari.MinariDataset) -> None:
     one.learn(1)
     assert isinstance(one.replay_buffer, OfflineReplayBuffer)
     assert (data.n_steps, data.gamma, data.clip_rewards) == (3, one.gamma, False)
+
+
+@pytest.mark.parametrize(("n_steps", "gamma"), [(1, 0.99), (3, 0.5)])
+def test_replay_buffers_with_other_returns_are_refused(n_steps: int, gamma: float) -> None:
+    buffer = NStepReplayBuffer(10, spaces.Box(-2, 2, (1,)), spaces.Discrete(2), device="cpu", n_steps=3, gamma=0.99)
+    buffer.add(np.ones((1, 1)), np.ones((1, 1)), np.zeros((1, 1)), np.ones(1), np.zeros(1), [{}])
+    with pytest.raises(ValueError, match=f"n_steps=3 and gamma=0.99, the model {n_steps} and {gamma}"):
+        small(CQL, buffer, n_steps=n_steps, gamma=gamma)
+
+
+def test_truncated_episodes_promise_more_than_they_returned(make_dataset: MakeDataset) -> None:
+    def data(terminated: bool) -> OfflineReplayBuffer:
+        episode = {
+            "observations": np.zeros((11, 2), np.float32), "actions": np.zeros(10, np.int64), "rewards": np.ones(10),
+            **flags(10, terminated),
+        }  # fmt: skip
+        name = f"by/hand-{int(terminated)}-v0"
+        space = spaces.Box(-1, 1, (2,), np.float32)
+        return load_minari(make_dataset([episode], space, spaces.Discrete(2), dataset_id=name))
+
+    assert data(True).largest_return(0.97) == pytest.approx((1 - 0.97**10) / 0.03)
+    assert data(False).largest_return(0.97) == pytest.approx(1 / 0.03)

@@ -654,6 +654,35 @@ def test_actions_of_replay_buffers_are_the_environments() -> None:
     assert np.abs(seen).max() > 1
 
 
+class Grid(gym.Env[Any, Any]):
+    """Continuous actions in rows and columns."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.observation_space = spaces.Box(-1, 1, (3,), np.float32)
+        self.action_space = spaces.Box(-2, 2, shape, np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        assert action.shape == self.action_space.shape
+        self.steps += 1
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32), 0.0, self.steps == 20, False, {}
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (1, 2)])
+def test_actions_in_rows_and_columns(shape: tuple[int, ...]) -> None:
+    env = Grid(shape)
+    env.action_space.seed(0)
+    episodes = collect_episodes(None, env, n_episodes=5)
+    model = GAIL("MlpPolicy", DummyVecEnv([lambda: Grid(shape)]), episodes, seed=0, **SMALL)
+    assert model._log_prob(*model._demonstrations.get(th.arange(10), None, False)[:2]).shape == (10,)  # type: ignore[union-attr]
+    model.pretrain(1)
+    learn(model, 64)
+
+
 def test_replay_buffers_without_final_observations_are_refused() -> None:
     env = gym.make("CartPole-v1")
     space = (env.observation_space, env.action_space)

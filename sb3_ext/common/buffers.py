@@ -252,6 +252,22 @@ class OfflineReplayBuffer(ReplayBuffer):
         returns: NDArray[np.float64] = per_row[self._rows]
         return returns
 
+    def largest_return(self, gamma: float, rewards: NDArray[np.float32] | None = None) -> float:
+        """
+        Largest discounted return from anywhere; a truncated episode counts as if it had gone on with its mean reward.
+
+        :param gamma: discount factor
+        :param rewards: as for :meth:`discounted_returns`
+        :return: it
+        """
+        returns = self.discounted_returns(gamma, rewards)
+        earned = (self.rewards if rewards is None else rewards)[self._rows].astype(np.float64)
+        ends = np.cumsum(self.lengths)
+        mean = np.add.reduceat(earned, ends - self.lengths) / self.lengths
+        beyond = np.where(self.terminated[self._rows][ends - 1], 0, mean.clip(min=0)) / max(1 - gamma, 1e-6)
+        returns += gamma ** self._left[self._rows].astype(np.float64) * np.repeat(beyond, self.lengths)
+        return float(returns.max())
+
     def episode_returns(self) -> NDArray[np.float64]:
         """
         Undiscounted return of each episode.

@@ -179,7 +179,7 @@ class CQL(OfflineQRDQN):
         :return: loss and TD error, ``[B]``; metrics ``td_loss``, ``conservative_gap``, ``q_data`` (mean Q of the data's
             actions), ``q_best`` (mean Q of the best actions), ``action_match`` (share of states where they coincide)
         """
-        if self.clip_rewards and batch.discounts is None:  # else the buffers clip, before they sum
+        if self.clip_rewards and self.n_steps == 1:  # else the buffers clip, before they sum
             batch = batch._replace(rewards=batch.rewards.clamp(-1, 1))
         quantiles = self._forward(self._online_forward, batch.observations)
         td = self._quantile_loss(batch, quantiles)
@@ -261,7 +261,7 @@ class CQL(OfflineQRDQN):
                     stacklevel=3,
                 )
             kept = self._online_buffer = self._make_online_buffer()
-        kept.clip_rewards = self.clip_rewards
+        kept.clip_rewards, kept.gamma = self.clip_rewards, self.gamma
         return kept
 
     def _make_online_buffer(self) -> OnlineReplayBuffer:

@@ -34,6 +34,7 @@ from sb3_ext.cql.support import (
     OfflineProgressBar,
     OnlineReplayBuffer,
     check_policy,
+    check_replay_buffer,
     sampler_mismatch,
     short_space,
     warn_on_overestimation,
@@ -70,7 +71,7 @@ class OfflineQRDQN(QRDQN):
         """Load and check the dataset; take the spaces from it, or compare them with the environment's."""
         if isinstance(dataset, ReplayBuffer):
             buffer = dataset
-            self._check_buffer(buffer)
+            check_replay_buffer(buffer, self.n_steps, self.gamma, self.clip_rewards)
             buffer.device = self.device
         else:
             buffer = load_minari(
@@ -96,26 +97,6 @@ class OfflineQRDQN(QRDQN):
         if isinstance(buffer, OfflineReplayBuffer):
             buffer.n_steps, buffer.gamma, buffer.clip_rewards = self.n_steps, self.gamma, self.clip_rewards
 
-    def _check_buffer(self, buffer: ReplayBuffer) -> None:
-        """Refuse a replay buffer that cannot be the dataset."""
-        if buffer.size() == 0:
-            raise ValueError("The replay buffer is empty; fill it before passing it as the dataset.")
-        if isinstance(buffer.observation_space, spaces.Dict):
-            raise ValueError(
-                f"The replay buffer has Dict observations, which {type(self).__name__} does not learn from; fill one "
-                "with flat vectors (gymnasium.wrappers.FlattenObservation) or images."
-            )
-        if isinstance(buffer, OfflineReplayBuffer):
-            return
-        n_steps = getattr(buffer, "n_steps", 1)
-        if self.n_steps > 1 and n_steps != self.n_steps:
-            raise ValueError("For n_steps > 1 pass a Minari dataset, or an NStepReplayBuffer with the same n_steps.")
-        if self.clip_rewards and n_steps > 1:
-            raise ValueError(
-                f"clip_rewards clips each reward, but {type(buffer).__name__} gives sums of n_steps={n_steps} of them. "
-                "Pass a Minari dataset, or clip the rewards when you fill the buffer."
-            )
-
     def _check_spaces(self, buffer: ReplayBuffer) -> None:
         for what, ours, theirs in (
             ("observation_space", buffer.observation_space, self.observation_space),
@@ -130,10 +111,9 @@ class OfflineQRDQN(QRDQN):
 
     def _largest_return(self, buffer: ReplayBuffer) -> float:
         """Largest discounted return in the data, in the units of the Q values."""
-        if not isinstance(buffer, OfflineReplayBuffer):
-            return float("nan")
-        rewards = np.clip(buffer.rewards, -1, 1) if self.clip_rewards else None
-        return float(buffer.discounted_returns(self.gamma, rewards).max())
+        if isinstance(buffer, OfflineReplayBuffer):
+            return buffer.largest_return(self.gamma, np.clip(buffer.rewards, -1, 1) if self.clip_rewards else None)
+        return float("nan")
 
     def set_dataset(self, dataset: DatasetLike | ReplayBuffer) -> None:
         """

@@ -11,6 +11,7 @@ import torch as th
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -211,3 +212,35 @@ def short_space(space: spaces.Space[Any] | None) -> str:
     if isinstance(space, spaces.Box):
         return f"Box({space.low.min()}, {space.high.max()}, {space.shape}, {space.dtype})"
     return str(space)
+
+
+def check_replay_buffer(buffer: ReplayBuffer, n_steps: int, gamma: float, clip_rewards: bool) -> None:
+    """
+    Refuse a replay buffer that cannot be the dataset.
+
+    :param buffer: the replay buffer
+    :param n_steps: of the model
+    :param gamma: of the model
+    :param clip_rewards: of the model
+    :raises ValueError: if it is empty, has ``Dict`` observations, or gives other returns than the model wants
+    """
+    if buffer.size() == 0:
+        raise ValueError("The replay buffer is empty; fill it before passing it as the dataset.")
+    if isinstance(buffer.observation_space, spaces.Dict):
+        raise ValueError(
+            "The replay buffer has Dict observations, which cannot be learnt from here; fill one with flat vectors "
+            "(gymnasium.wrappers.FlattenObservation) or images."
+        )
+    if isinstance(buffer, OfflineReplayBuffer):  # gives what the model wants
+        return
+    steps, discount = getattr(buffer, "n_steps", 1), getattr(buffer, "gamma", gamma)
+    if clip_rewards and steps > 1:
+        raise ValueError(
+            f"clip_rewards clips each reward, but {type(buffer).__name__} gives sums of n_steps={steps} of them. Pass "
+            "a Minari dataset, or clip the rewards when you fill the buffer."
+        )
+    if (steps, discount) != (n_steps, gamma):
+        raise ValueError(
+            f"The replay buffer has n_steps={steps} and gamma={discount}, the model {n_steps} and {gamma}. Set them "
+            "alike, or pass a Minari dataset, which takes the model's."
+        )

@@ -296,7 +296,7 @@ class GAIL(PPO):
         """Log-likelihood of actions of the environment, ``[B]``."""
         if self.policy.squash_output:
             actions = th.as_tensor(self.policy.scale_action(actions.cpu().numpy()), device=self.device)
-        return self.policy.evaluate_actions(observations, actions)[1]
+        return self.policy.evaluate_actions(observations, actions.flatten(1) if actions.ndim > 1 else actions)[1]
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         given = callback if isinstance(callback, list) else [] if callback is None else [callback]

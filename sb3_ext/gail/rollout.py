@@ -65,6 +65,7 @@ class RolloutNotes(BaseCallback):
             after = flat(successors)
         actions = buffer.actions.reshape(-1, *buffer.actions.shape[2:])
         if isinstance(action_space, spaces.Box):
+            actions = actions.reshape(-1, *action_space.shape)
             if policy.squash_output:
                 actions = policy.unscale_action(actions)
             # the expert's went through the environment, which never sees more than this

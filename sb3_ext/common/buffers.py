@@ -70,7 +70,19 @@ def columns_to_device(columns: list[NDArray[Any]], device: th.device) -> list[th
     return [part.view(dtype).reshape(-1, 1) for part, dtype in zip(joined, dtypes, strict=True)]
 
 
-class OfflineReplayBuffer(ReplayBuffer):
+class ClippedRewards(ReplayBuffer):
+    """Where ``clip_rewards`` is set, each reward is clipped to [-1, 1], before n of them are summed."""
+
+    clip_rewards = False
+
+    def _normalize_reward(  # type: ignore[override]
+        self, reward: NDArray[Any], env: VecNormalize | None = None
+    ) -> NDArray[Any]:
+        reward = super()._normalize_reward(reward, env)
+        return np.clip(reward, -1, 1) if self.clip_rewards else reward
+
+
+class OfflineReplayBuffer(ClippedRewards):
     """
     A fixed set of episodes as an SB3 replay buffer.
 
@@ -138,7 +150,6 @@ class OfflineReplayBuffer(ReplayBuffer):
         self._left = (np.repeat(lengths, lengths + 1) - self._age).astype(np.int32)
         self._rows = np.flatnonzero(self._left).astype(dtype)
         self.rng = np.random.default_rng(seed)
-        self.clip_rewards = False
         self.info: dict[str, Any] = {}
 
     @property
@@ -196,7 +207,7 @@ class OfflineReplayBuffer(ReplayBuffer):
         observations, next_observations = gather_stacks(self.frames, rows, age, self.frame_stack, self.pad_with_zeros)
         last, discounts = rows, None
         if self.n_steps == 1:
-            rewards = self._scaled(self.rewards[rows].astype(np.float32), env)
+            rewards = self._normalize_reward(self.rewards[rows].astype(np.float32), env)
         else:
             last, rewards, discounts = self._n_step(rows, env)
             next_observations = gather_stacks(
@@ -224,10 +235,6 @@ class OfflineReplayBuffer(ReplayBuffer):
             observations = observations.cpu().numpy()
         return self._normalize_obs(observations, env)
 
-    def _scaled(self, rewards: NDArray[np.float32], env: VecNormalize | None) -> NDArray[np.float32]:
-        rewards = self._normalize_reward(rewards, env)
-        return np.clip(rewards, -1, 1) if self.clip_rewards else rewards
-
     def _n_step(
         self, rows: NDArray[np.int64], env: VecNormalize | None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
@@ -236,7 +243,7 @@ class OfflineReplayBuffer(ReplayBuffer):
         count = np.minimum(self.n_steps, self._left[rows])
         window = rows[:, None] + np.minimum(steps, count[:, None] - 1)
         weights = np.where(steps < count[:, None], self.gamma**steps, 0)
-        rewards = (self._scaled(self.rewards[window], env) * weights).sum(axis=1)
+        rewards = (self._normalize_reward(self.rewards[window], env) * weights).sum(axis=1)
         discounts = (self.gamma**count).astype(np.float32)
         return rows + count - 1, rewards.astype(np.float32), discounts
 

@@ -48,6 +48,11 @@ class MixedReplayBuffer(ReplayBuffer):
         self.online.reset()
         self.pos, self.full = 0, False
 
+    def end_sequences(self) -> None:
+        """Say that every environment begins anew; see :meth:`PrioritizedReplayBuffer.end_sequences`."""
+        if isinstance(self.online, PrioritizedReplayBuffer):
+            self.online.end_sequences()
+
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """
         Draw ``round(offline_fraction * batch_size)`` offline transitions, the rest online.

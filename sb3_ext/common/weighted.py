@@ -17,6 +17,8 @@ from sb3_ext.common.mixed import MixedReplayBuffer
 from sb3_ext.common.prioritized import PrioritizedReplayBuffer
 from sb3_ext.common.training import LossOutput, MetricMeans, train_weighted
 
+_OURS = (PrioritizedReplayBuffer, MixedReplayBuffer)
+
 
 class WeightedMixin(OffPolicyAlgorithm):
     """Replace ``train`` by the shared weighted loop and make ``save`` atomic; the class says what its loss is."""
@@ -54,10 +56,11 @@ class WeightedMixin(OffPolicyAlgorithm):
         **kwargs: Any,
     ) -> tuple[int, BaseCallback]:
         # SB3 marks the newest transition as terminal where its own buffer loses final observations; ours keeps them
-        optimize, ours = self.optimize_memory_usage, isinstance(self.replay_buffer, PrioritizedReplayBuffer)
-        self.optimize_memory_usage = optimize and not ours
-        if isinstance(self.replay_buffer, PrioritizedReplayBuffer) and (reset_num_timesteps or self._last_obs is None):
-            self.replay_buffer.end_sequences()
+        optimize = self.optimize_memory_usage
+        if isinstance(self.replay_buffer, _OURS):
+            self.optimize_memory_usage = False
+            if reset_num_timesteps or self._last_obs is None:
+                self.replay_buffer.end_sequences()
         try:
             return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
         finally:
@@ -77,7 +80,7 @@ class WeightedMixin(OffPolicyAlgorithm):
             rollout = super().collect_rollouts(*args, **kwargs)
             goes_on = rollout.continue_training
         finally:
-            if not goes_on and isinstance(self.replay_buffer, (PrioritizedReplayBuffer, MixedReplayBuffer)):
+            if not goes_on and isinstance(self.replay_buffer, _OURS):
                 self._last_obs = None
         return rollout
 

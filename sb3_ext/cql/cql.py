@@ -241,8 +241,6 @@ class CQL(OfflineQRDQN):
                 raise ValueError(f"cql_alpha must not be negative, got {cql_alpha}.")
             self.cql_alpha = cql_alpha
         online = self._new_transitions()
-        if reset_num_timesteps or self._last_obs is None:
-            online.end_sequences()
         mixed = MixedReplayBuffer(self._offline_buffer, online, offline_fraction)
         mixed.pos, mixed.full = online.pos, online.full
         self.replay_buffer, self._offline = mixed, False

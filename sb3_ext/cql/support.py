@@ -6,18 +6,16 @@ import warnings
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch as th
 from gymnasium import spaces
-from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ext.common.buffers import OfflineReplayBuffer
+from sb3_ext.common.buffers import ClippedRewards, OfflineReplayBuffer
 from sb3_ext.common.priorities import Priorities
 from sb3_ext.common.prioritized import PrioritizedReplayBuffer
 
@@ -50,16 +48,8 @@ class OfflineEnv(gym.Env[Any, Any]):
         raise RuntimeError("Offline learning has no environment. Pass env= to the constructor or to learn_online().")
 
 
-class OnlineReplayBuffer(PrioritizedReplayBuffer):
-    """New transitions; where ``clip_rewards`` is set, each reward is clipped to [-1, 1] before n of them are summed."""
-
-    clip_rewards = False
-
-    def _normalize_reward(  # type: ignore[override]
-        self, reward: NDArray[Any], env: VecNormalize | None = None
-    ) -> NDArray[Any]:
-        reward = super()._normalize_reward(reward, env)
-        return np.clip(reward, -1, 1) if self.clip_rewards else reward
+class OnlineReplayBuffer(ClippedRewards, PrioritizedReplayBuffer):
+    """New transitions."""
 
 
 class OfflineProgressBar(ProgressBarCallback):

@@ -220,8 +220,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         )
         self.policy_kwargs = {name: getattr(self, name) for name in names} | plain
         buffer_kwargs = self.replay_buffer_kwargs
-        length = {"length": self._window_length}
-        self.replay_buffer_kwargs = {"alpha": 1.0, "beta": 1.0, **buffer_kwargs, **length}
+        self.replay_buffer_kwargs = {"alpha": 1.0, "beta": 1.0, **buffer_kwargs, "length": self._window_length}
         self.n_steps = 1  # the windows are long enough for value targets; SB3 need not warn
         OffPolicyAlgorithm._setup_model(self)
         self.policy_target = self.policy_class(

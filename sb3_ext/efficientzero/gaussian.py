@@ -53,6 +53,19 @@ def sampled_entropy(policy: th.Tensor, samples: int = 32) -> th.Tensor:
     return -log_prob(policy, actions).mean(1)
 
 
+def fixed_noise(samples: int, dimensions: int) -> th.Tensor:
+    """
+    Noise that is the same in every call, for actions without chance: the first sample is the policy's mode.
+
+    :param samples: S
+    :param dimensions: D
+    :return: ``[S, D]``
+    """
+    noise = th.randn(samples, dimensions, generator=th.Generator().manual_seed(0))
+    noise[0] = 0
+    return noise
+
+
 def root_samples(policy: th.Tensor, count: int, noise: bool) -> th.Tensor:
     """
     Actions that a root considers.
@@ -69,22 +82,8 @@ def root_samples(policy: th.Tensor, count: int, noise: bool) -> th.Tensor:
         draw = th.randn(shape, device=mean.device)
         draw[:, max(count // 4, 1) :] *= 3
     else:
-        fixed = th.randn(shape[1:], generator=th.Generator().manual_seed(0))
-        fixed[0] = 0
-        draw = fixed.to(mean.device).expand(shape)
+        draw = fixed_noise(count, mean.shape[1]).to(mean.device).expand(shape)
     return th.tanh(mean[:, None] + std[:, None] * draw).clamp(-BOUND, BOUND)
-
-
-def inner_noise(dimensions: int) -> th.Tensor:
-    """
-    Noise for :func:`inner_samples` that is the same in every call: the first sample is the policy's mode.
-
-    :param dimensions: D
-    :return: ``[INNER_ACTIONS, D]``
-    """
-    noise = th.randn(INNER_ACTIONS, dimensions, generator=th.Generator().manual_seed(0))
-    noise[0] = 0
-    return noise
 
 
 def inner_samples(policy: th.Tensor, slots: int, noise: th.Tensor | None = None) -> th.Tensor:

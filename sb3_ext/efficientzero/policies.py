@@ -21,7 +21,7 @@ from sb3_ext.efficientzero.calls import Calls
 from sb3_ext.efficientzero.device_search import DeviceSearch
 from sb3_ext.efficientzero.fast import CHUNK
 from sb3_ext.efficientzero.fast_network import EPS, FastNetwork, Roots
-from sb3_ext.efficientzero.gaussian import INNER_ACTIONS, inner_noise, inner_samples, root_samples, squashed_normal
+from sb3_ext.efficientzero.gaussian import INNER_ACTIONS, fixed_noise, inner_samples, root_samples, squashed_normal
 from sb3_ext.efficientzero.masking import MaskedPolicy
 from sb3_ext.efficientzero.meter import Rate
 from sb3_ext.efficientzero.networks import CnnNetwork, LatentNetwork, MlpNetwork
@@ -149,7 +149,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         self.support: th.Tensor
         self.register_buffer("support", th.linspace(-end, end, support_size), persistent=False)
         self._inner_noise: th.Tensor
-        self.register_buffer("_inner_noise", inner_noise(self.action_size), persistent=False)
+        self.register_buffer("_inner_noise", fixed_noise(INNER_ACTIONS, self.action_size), persistent=False)
         self.optimizer = self.optimizer_class(
             self.parameters(),
             lr=lr_schedule(1),  # type: ignore[call-arg]

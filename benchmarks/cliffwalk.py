@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sb3_ext.common.priorities import Priorities
+from sb3_ext.replay.priorities import Priorities
 
 HERE = Path(__file__).resolve().parent
 STEP, GOAL, EPS = 0.25, 1e-3, 1e-4

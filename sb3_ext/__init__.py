@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sb3_ext.common.prioritized import PrioritizedReplayBuffer
     from sb3_ext.cql import BC, CQL
     from sb3_ext.data import load_minari, make_eval_env, record
     from sb3_ext.dqn import DQN, QRDQN
     from sb3_ext.efficientzero import EfficientZeroV2
     from sb3_ext.gail import GAIL as GAIL
+    from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,12 +31,12 @@ _HOMES = {
     "GAIL": "gail",  # not in __all__: it needs a library that nothing else needs
     "QRDQN": "dqn",
     "EfficientZeroV2": "efficientzero",
-    "PrioritizedReplayBuffer": "common.prioritized",
+    "PrioritizedReplayBuffer": "replay.prioritized",
     "load_minari": "data",
     "make_eval_env": "data",
     "record": "data",
 }
-_PACKAGES = ("common", "cql", "data", "dqn", "efficientzero", "gail", "zoo")
+_PACKAGES = ("cql", "data", "dqn", "efficientzero", "gail", "replay", "search", "zoo")
 
 
 def __getattr__(name: str) -> Any:

@@ -13,9 +13,9 @@ from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.envs import IdentityEnvBox
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_ext.common.buffers import OfflineReplayBuffer, discounted_returns
-from sb3_ext.common.frames import ArrayFrames
-from sb3_ext.common.mixed import MixedReplayBuffer
+from sb3_ext.cql.mixed import MixedReplayBuffer
+from sb3_ext.replay.dataset import OfflineReplayBuffer, discounted_returns
+from sb3_ext.replay.frames import ArrayFrames
 from tests import reference
 
 SPACE = spaces.Box(-1000, 1000, (2,), np.float32)

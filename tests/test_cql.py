@@ -19,12 +19,12 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ext import BC, CQL, load_minari, make_eval_env, record
-from sb3_ext.common.buffers import OfflineReplayBuffer
-from sb3_ext.common.frames import ArrayFrames
-from sb3_ext.common.mixed import MixedReplayBuffer
 from sb3_ext.cql import offline
+from sb3_ext.cql.mixed import MixedReplayBuffer
 from sb3_ext.cql.support import OfflineProgressBar
 from sb3_ext.data import DatasetError
+from sb3_ext.replay.dataset import OfflineReplayBuffer
+from sb3_ext.replay.frames import ArrayFrames
 from tests.conftest import MakeDataset, flags
 from tests.test_losses import published_loss
 

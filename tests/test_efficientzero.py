@@ -22,20 +22,14 @@ from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_ext import DQN, EfficientZeroV2
-from sb3_ext.common.losses import (
-    cross_entropy,
-    inverse_value_transform,
-    negative_cosine,
-    two_hot,
-    value_transform,
-)
-from sb3_ext.common.sequences import SequenceReplayBuffer
 from sb3_ext.data import DatasetError, StackFrames, make_atari_env, record
 from sb3_ext.efficientzero.augment import random_intensity, random_shift
 from sb3_ext.efficientzero.gaussian import log_prob, root_samples, sampled_entropy
 from sb3_ext.efficientzero.networks import CnnNetwork, RunningNorm
 from sb3_ext.efficientzero.policies import CnnPolicy, MlpPolicy
+from sb3_ext.efficientzero.replay import SequenceReplayBuffer
 from sb3_ext.efficientzero.targets import masks, mix_values, n_step_values
+from sb3_ext.losses import cross_entropy, inverse_value_transform, negative_cosine, two_hot, value_transform
 
 SMALL: dict[str, Any] = {
     "learning_starts": 20,

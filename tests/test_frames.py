@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sb3_ext.common.frames import (
+from sb3_ext.replay.frames import (
     BLOCK,
     ArrayFrames,
     BlockFrames,

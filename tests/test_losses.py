@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sb3_contrib.common.utils import quantile_huber_loss as contrib_loss
 
-from sb3_ext.common.losses import conservative_gap, quantile_huber_loss
+from sb3_ext.losses import conservative_gap, quantile_huber_loss
 
 
 def test_one_quantile_by_hand() -> None:

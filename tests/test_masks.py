@@ -15,7 +15,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ext import EfficientZeroV2
-from sb3_ext.common.sequences import SequenceReplayBuffer
+from sb3_ext.efficientzero.replay import SequenceReplayBuffer
 from tests.test_efficientzero import SMALL, randomize
 
 N = 5

@@ -11,8 +11,7 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_ext import EfficientZeroV2
-from sb3_ext.common.memo import SearchMemo
-from sb3_ext.common.sequences import SequenceReplayBuffer
+from sb3_ext.efficientzero.replay import SearchMemo, SequenceReplayBuffer
 from sb3_ext.efficientzero.targets import masks
 from tests.test_efficientzero import SMALL, fill, randomize
 from tests.test_masks import Masked

@@ -19,8 +19,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_ext import CQL, DQN, QRDQN, PrioritizedReplayBuffer, make_eval_env
-from sb3_ext.common.mixed import MixedReplayBuffer
-from sb3_ext.common.priorities import Priorities
+from sb3_ext.cql.mixed import MixedReplayBuffer
+from sb3_ext.replay.priorities import Priorities
 from tests.reference import ReferencePER, stack_at
 
 VECTOR = spaces.Box(-10, 10, (3,), np.float32)

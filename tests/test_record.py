@@ -18,7 +18,6 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ext.common.frames import pack_frames
 from sb3_ext.data import (
     DatasetError,
     Episode,
@@ -32,6 +31,7 @@ from sb3_ext.data import (
     write_dataset,
 )
 from sb3_ext.data.write import return_statistics
+from sb3_ext.replay.frames import pack_frames
 
 
 class Counting(gym.Env[np.ndarray, Any], gym.utils.RecordConstructorArgs):

@@ -17,8 +17,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_ext import EfficientZeroV2
-from sb3_ext.common.sequences import SequenceReplayBuffer
 from sb3_ext.data import StackFrames, make_atari_env
+from sb3_ext.efficientzero.replay import SequenceReplayBuffer
 from tests.test_efficientzero import SMALL, TINY_CNN
 
 STEPS, MORE = 60, 24

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sb3_ext.common import sum_tree
-from sb3_ext.common.sum_tree import SumTree
+from sb3_ext.replay import sum_tree
+from sb3_ext.replay.sum_tree import SumTree
 
 SIZES = [1, 2, 7, 8, 9, 63, 64, 65, 1000, 1237]
 priority = st.one_of(st.just(0.0), st.floats(0, 1e30), st.floats(0, 1e-300))
@@ -157,7 +157,7 @@ def test_plain_python_gives_the_same() -> None:
 
 def test_works_without_jit() -> None:
     code = (
-        "import numpy as np; from sb3_ext.common.sum_tree import SumTree; t = SumTree(20);"
+        "import numpy as np; from sb3_ext.replay.sum_tree import SumTree; t = SumTree(20);"
         "t.update(np.arange(20), np.arange(20.)); print(t.total, t.find([0.0, 189.9])[0].tolist())"
     )
     environ = {**os.environ, "NUMBA_DISABLE_JIT": "1"}

@@ -19,7 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 
 from sb3_ext import CQL, load_minari
-from sb3_ext.common.losses import quantile_huber_loss
+from sb3_ext.losses import quantile_huber_loss
 
 BATCH, QUANTILES, ACTIONS = 32, 200, 4
 LEARNING_RATE, GAMMA, ALPHA, TARGET_UPDATE = 5e-5, 0.99, 4.0, 2000

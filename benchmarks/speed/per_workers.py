@@ -121,7 +121,7 @@ def frame_buffer(name: str, size: int) -> Any:
 def sb3(name: str, task: str, size: int) -> Steps:
     """Ours, or SB3's uniform buffer."""
     if task == "index":
-        from sb3_ext.common.priorities import Priorities
+        from sb3_ext.replay.priorities import Priorities
 
         priorities = Priorities(size, alpha=ALPHA, beta=BETA, seed=0)
         priorities.activate_range(0, size)
@@ -185,7 +185,7 @@ def extra(size: int) -> dict[str, Any]:
 
 def kernels() -> dict[str, Any]:
     """What the first use of the tree takes, imports done."""
-    from sb3_ext.common.sum_tree import SumTree
+    from sb3_ext.replay.sum_tree import SumTree
 
     start = time.perf_counter()
     tree = SumTree(1000)

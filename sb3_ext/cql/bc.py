@@ -9,11 +9,10 @@ from sb3_contrib.qrdqn.policies import QRDQNPolicy
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 
-from sb3_ext.common.losses import conservative_gap
-from sb3_ext.common.training import LossOutput
 from sb3_ext.cql.cql import CQL
 from sb3_ext.cql.support import with_adam
 from sb3_ext.data.minari import DatasetLike
+from sb3_ext.losses import LossOutput, conservative_gap
 
 
 class BC(CQL):
@@ -85,7 +84,7 @@ class BC(CQL):
             _init_setup_model=_init_setup_model,
         )
 
-    def compute_loss(self, batch: ReplayBufferSamples) -> LossOutput:
+    def _loss(self, batch: ReplayBufferSamples) -> LossOutput:
         """
         Negative log-likelihood of the data's actions.
 

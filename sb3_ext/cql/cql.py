@@ -13,14 +13,13 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 
-from sb3_ext.common.buffers import OfflineReplayBuffer
-from sb3_ext.common.losses import conservative_gap
-from sb3_ext.common.mixed import MixedReplayBuffer
-from sb3_ext.common.training import LossOutput, MetricMeans
+from sb3_ext.cql.mixed import MixedReplayBuffer
 from sb3_ext.cql.offline import OfflineQRDQN
 from sb3_ext.cql.support import OnlineReplayBuffer, check_arguments, with_adam
 from sb3_ext.data.minari import DatasetLike
 from sb3_ext.dqn.dqn import QRDQN
+from sb3_ext.losses import LossOutput, conservative_gap
+from sb3_ext.replay.dataset import OfflineReplayBuffer
 
 
 class CQL(OfflineQRDQN):
@@ -119,7 +118,7 @@ class CQL(OfflineQRDQN):
         self.torch_compile, self.bf16 = torch_compile, bf16
         self.cuda_graphs = cuda_graphs and not torch_compile  # what is recorded must not be compiled meanwhile
         self.dataset_info: dict[str, Any] = {}
-        self._metrics, self._last_means = MetricMeans(), {}
+        self._last_means = {}
         self._offline_buffer, self._online_buffer = None, None
         self._sampler_state: Any = None
         self._offline = True
@@ -171,7 +170,7 @@ class CQL(OfflineQRDQN):
         best = chooser.mean(dim=1).argmax(dim=1)
         return quantiles[th.arange(len(best), device=best.device), :, best]
 
-    def compute_loss(self, batch: ReplayBufferSamples) -> LossOutput:
+    def _loss(self, batch: ReplayBufferSamples) -> LossOutput:
         """
         Quantile Huber loss plus ``cql_alpha`` times the conservative gap, from one forward pass of the online network.
 

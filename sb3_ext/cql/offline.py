@@ -24,11 +24,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from stable_baselines3.common.utils import configure_logger, polyak_update
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_ext.common.buffers import OfflineReplayBuffer
-from sb3_ext.common.graphs import RecordedLoss
-from sb3_ext.common.mixed import MixedReplayBuffer
-from sb3_ext.common.normalize import begin_statistics_of
-from sb3_ext.common.training import LossOutput, MetricMeans, train_weighted
+from sb3_ext.cql.mixed import MixedReplayBuffer
 from sb3_ext.cql.support import (
     OfflineEnv,
     OfflineProgressBar,
@@ -39,9 +35,13 @@ from sb3_ext.cql.support import (
     short_space,
     warn_on_overestimation,
 )
+from sb3_ext.cuda_graphs import RecordedLoss
 from sb3_ext.data.minari import DatasetLike, load_minari
 from sb3_ext.data.outlook import action_coverage
 from sb3_ext.dqn.dqn import QRDQN
+from sb3_ext.losses import LossOutput
+from sb3_ext.normalize import begin_statistics_of
+from sb3_ext.replay.dataset import OfflineReplayBuffer
 
 
 class OfflineQRDQN(QRDQN):
@@ -57,7 +57,6 @@ class OfflineQRDQN(QRDQN):
     torch_compile: bool
     cuda_graphs: bool
     _last_means: dict[str, float]
-    _metrics: MetricMeans
     _offline: bool
     _offline_buffer: ReplayBuffer | None
     _online_buffer: OnlineReplayBuffer | None
@@ -191,7 +190,7 @@ class OfflineQRDQN(QRDQN):
         self._seed_sampler()
 
     def _forget_recordings(self) -> None:
-        self._recorded_loss = RecordedLoss(self.quantile_net, lambda *x: self.compute_loss(ReplayBufferSamples(*x)))
+        self._recorded_loss = RecordedLoss(self.quantile_net, lambda *x: self._loss(ReplayBufferSamples(*x)))
 
     def get_env(self) -> VecEnv | None:
         """
@@ -213,20 +212,23 @@ class OfflineQRDQN(QRDQN):
         self.n_envs = env.num_envs if isinstance(env, VecEnv) else 1
         super().set_env(env, force_reset)
 
-    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+    def compute_loss(self, batch: Any) -> LossOutput:
         """
-        Run gradient steps and update the target network every ``target_update_interval`` of them.
+        The loss of each sample, graphed if that is wanted.
 
-        :param gradient_steps: number of steps
-        :param batch_size: samples per step
+        :param batch: samples of the replay buffer
+        :return: loss and TD error, ``[B]``, and metrics
         """
-        train_weighted(self, self._loss, gradient_steps, batch_size, self._metrics, self._after_update)
-
-    def _loss(self, batch: Any) -> LossOutput:
-        """``compute_loss``, recorded if that is wanted; weights and indices of a batch are not its business."""
         if not self.cuda_graphs or self.device.type != "cuda":
-            return self.compute_loss(batch)
+            return self._loss(batch)
+        # weights and indices of a batch are not its business
         return self._recorded_loss(*(part for part in batch[: len(ReplayBufferSamples._fields)] if part is not None))
+
+    def _log_metrics(self) -> None:
+        """Not after each gradient step; see :meth:`dump_logs`."""
+
+    def _loss(self, batch: ReplayBufferSamples) -> LossOutput:
+        raise NotImplementedError
 
     def _after_update(self) -> None:
         if self._n_updates % self.target_update_interval == 0:
@@ -325,7 +327,7 @@ class OfflineQRDQN(QRDQN):
 
     def dump_logs(self) -> None:
         """Write the means since the last call to the logger, and look whether the values are plausible."""
-        means = self._metrics.flush()
+        means = self._train_metrics.flush()
         self._last_means = means or self._last_means
         for key, value in means.items():
             self.logger.record(f"train/{key}", value)
@@ -362,7 +364,6 @@ class OfflineQRDQN(QRDQN):
             *super()._excluded_save_params(),
             "_offline_buffer",
             "_online_buffer",
-            "_metrics",
             "_last_means",
             "_online_forward",
             "_target_forward",

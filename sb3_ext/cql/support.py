@@ -15,9 +15,9 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ext.common.buffers import ClippedRewards, OfflineReplayBuffer
-from sb3_ext.common.priorities import Priorities
-from sb3_ext.common.prioritized import PrioritizedReplayBuffer
+from sb3_ext.replay.dataset import ClippedRewards, OfflineReplayBuffer
+from sb3_ext.replay.priorities import Priorities
+from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
 
 
 class OfflineEnv(gym.Env[Any, Any]):

@@ -18,10 +18,10 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from sb3_ext.common.frames import ArrayFrames, BlockFrames, BlockWriter, FrameStore, split_stacks
 from sb3_ext.data.checks import CheckedEpisode, DatasetError
 from sb3_ext.data.envs import to_channel_first
 from sb3_ext.data.source import Source
+from sb3_ext.replay.frames import ArrayFrames, BlockFrames, BlockWriter, FrameStore, split_stacks
 
 _FORMAT = 2
 _RAW, _ZSTD = "frames.bin", "frames.zst"

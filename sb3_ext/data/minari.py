@@ -20,15 +20,13 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_ext.common.buffers import OfflineReplayBuffer
-from sb3_ext.common.device_frames import TensorFrames
-from sb3_ext.common.frames import FrameStore, split_stacks
-from sb3_ext.common.prioritized import PrioritizedOfflineReplayBuffer
 from sb3_ext.data.cache import Arrays, NotStacks, RamSink, cache_folder, cache_key, open_cache, stream, write_cache
 from sb3_ext.data.checks import DatasetError
 from sb3_ext.data.envs import StackFrames, is_frame_space, stacked_space, to_channel_first
 from sb3_ext.data.source import DatasetLike, Source, env_spec, open_source
 from sb3_ext.data.write import return_statistics
+from sb3_ext.replay.dataset import OfflineReplayBuffer, PrioritizedOfflineReplayBuffer
+from sb3_ext.replay.frames import DeviceFrames, FrameStore, split_stacks
 
 __all__ = ["STORAGES", "DatasetLike", "choose_episodes", "default_frame_stack", "load_minari", "make_eval_env"]
 
@@ -135,10 +133,10 @@ def load_minari(
     :param strict: False accepts episodes of one step, and lets termination win where a step is marked terminated and
         truncated
     :param build_env: allow building the dataset's environment if the metadata lacks its spaces (runs code it names)
-    :param n_steps: see :class:`~sb3_ext.common.buffers.OfflineReplayBuffer`
+    :param n_steps: see :class:`~sb3_ext.replay.dataset.OfflineReplayBuffer`
     :param gamma: likewise
     :param prioritized: draw by priority: True, or arguments of
-        :class:`~sb3_ext.common.priorities.Priorities` such as ``{"alpha": 0.6, "beta": 0.4}``
+        :class:`~sb3_ext.replay.priorities.Priorities` such as ``{"alpha": 0.6, "beta": 0.4}``
     :param device: likewise
     :param seed: seed of the sampler
     :return: the buffer; ``buffer.info`` says what it holds
@@ -157,7 +155,7 @@ def load_minari(
     n_frames = _ready_made(source.observation_space, frame_stack)
     frames, arrays = _read(source, storage, cache_folder(cache_dir), subset, subset_seed, strict, n_frames)
     if storage == "device":
-        frames = TensorFrames(frames, get_device(device))
+        frames = DeviceFrames.copy_of(frames, get_device(device))
     if arrays.n_frames > 1:
         stack, space = arrays.n_frames, stacked_space(source.observation_space, 1)
     else:

@@ -12,9 +12,9 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from sb3_ext.common.frames import pack_frames
 from sb3_ext.data.envs import StackFrames
 from sb3_ext.data.write import Episode, check_new_dataset, write_dataset
+from sb3_ext.replay.frames import pack_frames
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm

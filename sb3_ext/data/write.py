@@ -24,10 +24,10 @@ from minari.dataset.minari_storage import MinariStorage
 from minari.storage.datasets_root_dir import get_dataset_path
 from numpy.typing import NDArray
 
-from sb3_ext.common.frames import unpack_frames
 from sb3_ext.data.checks import check_spaces
 from sb3_ext.data.envs import is_frame_space
 from sb3_ext.data.folders import ensure_namespace, remove_empty, replace_folder
+from sb3_ext.replay.frames import unpack_frames
 
 _FORMATS = ("arrow", "hdf5", "parquet")
 _OBSERVERS = (

@@ -10,13 +10,12 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.nn import functional as F
 
-from sb3_ext.common.losses import quantile_huber_loss
-from sb3_ext.common.training import LossOutput
-from sb3_ext.common.weighted import WeightedMixin
 from sb3_ext.dqn import policies
+from sb3_ext.losses import LossOutput, quantile_huber_loss
+from sb3_ext.off_policy import OffPolicy
 
 
-class DQN(WeightedMixin, sb3.DQN):
+class DQN(OffPolicy, sb3.DQN):
     """
     Deep Q-Network (Mnih et al., 2015): SB3's ``DQN``, same constructor, bit-identical results under a uniform buffer.
 
@@ -48,7 +47,7 @@ class DQN(WeightedMixin, sb3.DQN):
         return LossOutput(loss.squeeze(1), (target - q.detach()).squeeze(1), {})
 
 
-class QRDQN(WeightedMixin, sb3_contrib.QRDQN):
+class QRDQN(OffPolicy, sb3_contrib.QRDQN):
     """
     Quantile-regression DQN (Dabney et al., 2018): sb3-contrib's ``QRDQN``, same constructor.
 
@@ -65,7 +64,7 @@ class QRDQN(WeightedMixin, sb3_contrib.QRDQN):
 
     def compute_loss(self, batch: ReplayBufferSamples) -> LossOutput:
         """
-        Quantile Huber loss, see :func:`~sb3_ext.common.losses.quantile_huber_loss`.
+        Quantile Huber loss, see :func:`~sb3_ext.losses.quantile_huber_loss`.
 
         :param batch: samples of the replay buffer
         :return: loss and TD error, ``[B]``

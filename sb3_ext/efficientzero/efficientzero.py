@@ -12,17 +12,10 @@ import torch as th
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import configure_logger
 
-from sb3_ext.common.graphs import RecordedLoss
-from sb3_ext.common.memo import SearchMemo
-from sb3_ext.common.normalize import begin_statistics
-from sb3_ext.common.resume import random_state, restore_random_state
-from sb3_ext.common.sequences import SequenceReplayBuffer, SequenceSamples
-from sb3_ext.common.training import LossOutput
-from sb3_ext.common.weighted import WeightedMixin
+from sb3_ext.cuda_graphs import RecordedLoss
 from sb3_ext.data.minari import DatasetLike
 from sb3_ext.efficientzero.augment import random_intensity, random_shift
 from sb3_ext.efficientzero.checks import check_spaces
@@ -32,13 +25,18 @@ from sb3_ext.efficientzero.meter import Rate, flush_rate
 from sb3_ext.efficientzero.offline import fill_replay_buffer
 from sb3_ext.efficientzero.policies import CnnPolicy, EfficientZeroPolicy, MlpPolicy
 from sb3_ext.efficientzero.reanalysis import Targets, reanalyze
+from sb3_ext.efficientzero.replay import SearchMemo, SequenceReplayBuffer, SequenceSamples
+from sb3_ext.efficientzero.resume import random_state, restore_random_state
 from sb3_ext.efficientzero.unroll import unroll, unrolled_loss
+from sb3_ext.losses import LossOutput
+from sb3_ext.normalize import begin_statistics
+from sb3_ext.off_policy import OffPolicy
 
 VALUE_TARGETS = ("mixed", "n_step", "search")
 SEARCH_VALUES = ("mean", "improved")
 
 
-class EfficientZeroV2(WeightedMixin, MaskedCollection):
+class EfficientZeroV2(OffPolicy, MaskedCollection):
     """
     EfficientZero V2 (Wang et al., 2024, https://arxiv.org/abs/2403.00564): a learned latent model, searched with Gumbel
     sequential halving, for discrete and continuous actions, images and vectors.
@@ -85,7 +83,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
     :param image_shift: images are shifted at random by up to so many pixels for training; None: 4 from 32 pixels on,
         else 0
     :param optimize_memory_usage: store every frame of image stacks once
-    :param replay_buffer_kwargs: arguments of :class:`~sb3_ext.common.sequences.SequenceReplayBuffer`, such as
+    :param replay_buffer_kwargs: arguments of :class:`~sb3_ext.efficientzero.replay.SequenceReplayBuffer`, such as
         ``alpha`` and ``beta``
     :param policy_kwargs: arguments of :class:`~sb3_ext.efficientzero.policies.EfficientZeroPolicy`
     :param torch_compile: compile the network's functions: a minute at the start; measure whether it gains anything
@@ -213,16 +211,13 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
             self.image_shift = 4 if len(shape) == 3 and min(shape[1:]) >= 32 else 0
         if self.ent_coef is None:
             self.ent_coef = 0.0 if isinstance(self.action_space, spaces.Discrete) else 5e-2
-        plain, n_steps = self.policy_kwargs, self.n_steps
+        plain = self.policy_kwargs
         names = (
             *("num_simulations", "max_num_considered_actions", "num_sampled_actions", "gamma"),
             *("torch_compile", "bf16", "cuda_graphs"),
         )
         self.policy_kwargs = {name: getattr(self, name) for name in names} | plain
-        buffer_kwargs = self.replay_buffer_kwargs
-        self.replay_buffer_kwargs = {"alpha": 1.0, "beta": 1.0, **buffer_kwargs, "length": self._window_length}
-        self.n_steps = 1  # the windows are long enough for value targets; SB3 need not warn
-        OffPolicyAlgorithm._setup_model(self)
+        super()._setup_model()
         self.policy_target = self.policy_class(
             self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
         ).to(self.device)  # type: ignore[assignment]
@@ -231,8 +226,19 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
             for policy in (self.policy, self.policy_target):
                 policy.to(memory_format=th.channels_last)
         self.policy_target.set_training_mode(False)
-        self.policy_kwargs, self.n_steps, self.replay_buffer_kwargs = plain, n_steps, buffer_kwargs
+        self.policy_kwargs = plain
         self._forget_recordings()
+
+    def _make_replay_buffer(self) -> SequenceReplayBuffer:
+        return SequenceReplayBuffer(
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            self.device,
+            self.n_envs,
+            self.optimize_memory_usage,
+            **{"alpha": 1.0, "beta": 1.0, **self.replay_buffer_kwargs, "length": self._window_length},
+        )
 
     @property
     def _window_length(self) -> int:
@@ -289,7 +295,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         return unrolled_loss(self, batch, self.reanalyze(batch))
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
-        """See :meth:`~sb3_ext.common.weighted.WeightedMixin.train`."""
+        """See :meth:`~sb3_ext.off_policy.OffPolicy.train`."""
         with self._update_rate.measure(gradient_steps):
             super().train(gradient_steps, batch_size)
 
@@ -375,7 +381,7 @@ class EfficientZeroV2(WeightedMixin, MaskedCollection):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
-        """See :meth:`~sb3_ext.common.weighted.WeightedMixin.save`; with the random state."""
+        """See :meth:`~sb3_ext.off_policy.OffPolicy.save`; with the random state."""
         before = self._random_state
         self._random_state = before or random_state(self)  # a loaded model that has not gone on keeps the one it had
         try:

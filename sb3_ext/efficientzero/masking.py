@@ -14,7 +14,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
-from sb3_ext.common.sequences import SequenceReplayBuffer
+from sb3_ext.efficientzero.replay import SequenceReplayBuffer
 
 
 def legal_actions(masks: Any, rows: int, action_space: spaces.Space[Any]) -> NDArray[np.bool_]:

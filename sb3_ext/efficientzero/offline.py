@@ -6,12 +6,12 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 
-from sb3_ext.common.frames import ArrayFrames, gather_stacks
-from sb3_ext.common.sequences import SequenceReplayBuffer
 from sb3_ext.data.checks import DatasetError, check_same_actions, frames_per_observation
 from sb3_ext.data.envs import to_channel_first
 from sb3_ext.data.minari import DatasetLike
 from sb3_ext.data.source import open_source
+from sb3_ext.efficientzero.replay import SequenceReplayBuffer
+from sb3_ext.replay.frames import ArrayFrames, gather_stacks
 
 
 def fill_replay_buffer(buffer: SequenceReplayBuffer, dataset: DatasetLike, policy: BasePolicy) -> int:

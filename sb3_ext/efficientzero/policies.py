@@ -16,7 +16,6 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch.nn import functional as F
 
-from sb3_ext.common.losses import inverse_value_transform, two_hot, value_transform
 from sb3_ext.efficientzero.calls import Calls
 from sb3_ext.efficientzero.device_search import DeviceSearch
 from sb3_ext.efficientzero.fast import CHUNK
@@ -28,6 +27,7 @@ from sb3_ext.efficientzero.networks import CnnNetwork, LatentNetwork, MlpNetwork
 from sb3_ext.efficientzero.prefix import start_parts, step_parts
 from sb3_ext.efficientzero.search import RecurrentOutput, SearchOutput, gumbel_search
 from sb3_ext.efficientzero.threads import blas_threads
+from sb3_ext.losses import inverse_value_transform, two_hot, value_transform
 
 _CHUNK = 1 << 21
 """Numbers of observations encoded at once on a CPU: few enough for the caches, and for memory to be used again."""

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch as th
 
-from sb3_ext.common.losses import cross_entropy, negative_cosine
-from sb3_ext.common.sequences import SequenceSamples
-from sb3_ext.common.training import LossOutput
 from sb3_ext.efficientzero.gaussian import log_prob, sampled_entropy
 from sb3_ext.efficientzero.reanalysis import Targets
+from sb3_ext.efficientzero.replay import SequenceSamples
 from sb3_ext.efficientzero.targets import masks, value_prefixes
+from sb3_ext.losses import LossOutput, cross_entropy, negative_cosine
 
 if TYPE_CHECKING:
     from sb3_ext.efficientzero.efficientzero import EfficientZeroV2

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
-from sb3_ext.common.normalize import begin_statistics
 from sb3_ext.data import DatasetError, Episode
 from sb3_ext.data.checks import check_actions, check_observations, check_same_actions, frames_per_observation
 from sb3_ext.data.envs import is_frame_space, to_channel_first
 from sb3_ext.data.source import DatasetLike, env_spec, open_source
+from sb3_ext.normalize import begin_statistics
 
 DemonstrationsLike: TypeAlias = DatasetLike | Sequence[Trajectory] | Sequence[Episode] | ReplayBuffer
 

@@ -12,7 +12,9 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ext.common.frames import FrameStore, gather_stacks
+from sb3_ext.replay.batch import PrioritizedReplayBufferSamples, ReplayHooks, n_step_returns, to_device
+from sb3_ext.replay.frames import FrameStore, gather_stacks
+from sb3_ext.replay.priorities import Priorities
 
 
 def discounted_returns(
@@ -37,39 +39,6 @@ def discounted_returns(
     return returns
 
 
-def to_device(arrays: Any, device: th.device) -> Any:
-    """
-    Make tensors of arrays, without a copy on a CPU.
-
-    :param arrays: an array, or a dictionary of arrays; a tensor is left as it is
-    :param device: where the tensors go
-    :return: a tensor, or a dictionary of tensors
-    """
-    if isinstance(arrays, dict):
-        return {key: to_device(array, device) for key, array in arrays.items()}
-    if isinstance(arrays, th.Tensor):
-        return arrays
-    if device.type == "cpu":
-        return th.from_numpy(arrays)
-    return th.from_numpy(np.ascontiguousarray(arrays)).to(device, non_blocking=True)
-
-
-def columns_to_device(columns: list[NDArray[Any]], device: th.device) -> list[th.Tensor]:
-    """
-    Make columns of numbers tensors, in one transfer.
-
-    :param columns: ``[B]`` each, those with the largest numbers of bytes first
-    :param device: where the tensors go
-    :return: ``[B, 1]`` each, in the same order
-    """
-    if device.type == "cpu":
-        return [th.from_numpy(column.reshape(-1, 1)) for column in columns]
-    parts = [np.ascontiguousarray(column).view(np.uint8) for column in columns]
-    joined = to_device(np.concatenate(parts), device).split([len(part) for part in parts])
-    dtypes = [th.from_numpy(column[:0]).dtype for column in columns]
-    return [part.view(dtype).reshape(-1, 1) for part, dtype in zip(joined, dtypes, strict=True)]
-
-
 class ClippedRewards(ReplayBuffer):
     """Where ``clip_rewards`` is set, each reward is clipped to [-1, 1], before n of them are summed."""
 
@@ -82,7 +51,7 @@ class ClippedRewards(ReplayBuffer):
         return np.clip(reward, -1, 1) if self.clip_rewards else reward
 
 
-class OfflineReplayBuffer(ClippedRewards):
+class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
     """
     A fixed set of episodes as an SB3 replay buffer.
 
@@ -213,22 +182,18 @@ class OfflineReplayBuffer(ClippedRewards):
             next_observations = gather_stacks(
                 self.frames, last, self._age[last].astype(np.int64), self.frame_stack, self.pad_with_zeros
             )[1]
-        columns: list[NDArray[Any]] = [
-            self.actions[rows].astype(np.int64),
-            self.terminated[last].astype(np.float32),
-            rewards,
-        ]
-        if discounts is not None:
-            columns.append(discounts)
-        actions, dones, reward, *rest = columns_to_device(columns, self.device)
-        return ReplayBufferSamples(
-            observations=to_device(self._normalized(observations, env), self.device),
-            actions=actions,
-            next_observations=to_device(self._normalized(next_observations, env), self.device),
-            dones=dones,
-            rewards=reward,
-            discounts=rest[0] if rest else None,
+        observations, next_observations, actions, dones, rewards, discounts = to_device(
+            (
+                self._normalized(observations, env),
+                self._normalized(next_observations, env),
+                self.actions[rows].astype(np.int64).reshape(-1, 1),
+                self.terminated[last].astype(np.float32).reshape(-1, 1),
+                rewards.reshape(-1, 1),
+                None if discounts is None else discounts.reshape(-1, 1),
+            ),
+            self.device,
         )
+        return ReplayBufferSamples(observations, actions, next_observations, dones, rewards, discounts)
 
     def _normalized(self, observations: Any, env: VecNormalize | None) -> Any:
         if env is not None and isinstance(observations, th.Tensor):
@@ -239,13 +204,10 @@ class OfflineReplayBuffer(ClippedRewards):
         self, rows: NDArray[np.int64], env: VecNormalize | None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         """Last row, summed reward and discount of the n-step return; the sum stops with the episode."""
-        steps = np.arange(self.n_steps)
         count = np.minimum(self.n_steps, self._left[rows])
-        window = rows[:, None] + np.minimum(steps, count[:, None] - 1)
-        weights = np.where(steps < count[:, None], self.gamma**steps, 0)
-        rewards = (self._normalize_reward(self.rewards[window], env) * weights).sum(axis=1)
-        discounts = (self.gamma**count).astype(np.float32)
-        return rows + count - 1, rewards.astype(np.float32), discounts
+        window = rows[:, None] + np.minimum(np.arange(self.n_steps), count[:, None] - 1)
+        rewards, discounts = n_step_returns(self._normalize_reward(self.rewards[window], env), count, self.gamma)
+        return rows + count - 1, rewards.astype(np.float32), discounts.astype(np.float32)
 
     def discounted_returns(self, gamma: float, rewards: NDArray[np.float32] | None = None) -> NDArray[np.float64]:
         """
@@ -293,3 +255,57 @@ class OfflineReplayBuffer(ClippedRewards):
         """
         assert isinstance(self.action_space, spaces.Discrete)
         return np.bincount(self.actions[self._rows], minlength=int(self.action_space.n))
+
+
+class PrioritizedOfflineReplayBuffer(OfflineReplayBuffer):
+    """
+    A fixed dataset, drawn from by priority; made by ``load_minari(..., prioritized=...)``.
+
+    :param args: see :class:`~sb3_ext.replay.dataset.OfflineReplayBuffer`
+    :param prioritized: arguments of :class:`~sb3_ext.replay.priorities.Priorities`
+    :param kwargs: see :class:`~sb3_ext.replay.dataset.OfflineReplayBuffer`
+    """
+
+    def __init__(self, *args: Any, prioritized: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.priorities = Priorities(self.buffer_size, **{"seed": kwargs.get("seed"), **prioritized})
+        self.priorities.activate_range(0, self.buffer_size)
+
+    def seed(self, seed: int | None) -> None:
+        """See :meth:`OfflineReplayBuffer.seed`."""
+        self.priorities.rng = np.random.default_rng(seed)
+
+    @property
+    def sampler_state(self) -> Any:
+        """The priorities."""
+        return self.priorities
+
+    @sampler_state.setter
+    def sampler_state(self, state: Any) -> None:
+        self.priorities = state
+
+    def sample(  # type: ignore[override]
+        self, batch_size: int, env: VecNormalize | None = None
+    ) -> PrioritizedReplayBufferSamples:
+        """
+        Draw transitions in proportion to their priorities.
+
+        :param batch_size: B
+        :param env: VecNormalize to apply
+        :return: see :meth:`PrioritizedReplayBuffer.sample`
+        """
+        indices, weights = self.priorities.draw(batch_size)
+        (there,) = to_device((weights.reshape(-1, 1),), self.device)
+        return PrioritizedReplayBufferSamples(*self._get_samples(indices, env), there, indices)
+
+    def weights(self, batch: PrioritizedReplayBufferSamples) -> th.Tensor:
+        """See :meth:`~sb3_ext.replay.batch.ReplayHooks.weights`."""
+        return batch.weights
+
+    def update_priorities(self, indices: NDArray[np.int64], td_errors: NDArray[Any]) -> None:
+        """See :meth:`PrioritizedReplayBuffer.update_priorities`."""
+        self.priorities.update(indices, td_errors)
+
+    def set_progress(self, remaining: float) -> None:
+        """See :meth:`PrioritizedReplayBuffer.set_progress`."""
+        self.priorities.set_progress(remaining)

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from sb3_ext.common.sum_tree import SumTree
+from sb3_ext.replay.sum_tree import SumTree
 
 _SORT_EVERY = 0.1
 """Share of the sorted items whose errors may change before they are sorted anew; on the blind cliffwalk as good as a

@@ -11,10 +11,11 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ext.common.prioritized import PrioritizedReplayBuffer, PrioritizedReplayBufferSamples
+from sb3_ext.replay.batch import PrioritizedReplayBufferSamples, ReplayHooks, hooks_of
+from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
 
 
-class MixedReplayBuffer(ReplayBuffer):
+class MixedReplayBuffer(ReplayBuffer, ReplayHooks):
     """
     Every batch holds a share of offline transitions; new transitions go to an online buffer.
 
@@ -49,9 +50,8 @@ class MixedReplayBuffer(ReplayBuffer):
         self.pos, self.full = 0, False
 
     def end_sequences(self) -> None:
-        """Say that every environment begins anew; see :meth:`PrioritizedReplayBuffer.end_sequences`."""
-        if isinstance(self.online, PrioritizedReplayBuffer):
-            self.online.end_sequences()
+        """See :meth:`~sb3_ext.replay.batch.ReplayHooks.end_sequences`."""
+        hooks_of(self.online).end_sequences()
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """
@@ -79,22 +79,25 @@ class MixedReplayBuffer(ReplayBuffer):
             return self.online.priorities.tree.total > 0
         return self.online.size() > 0
 
+    def weights(self, batch: Any) -> th.Tensor | None:
+        """See :meth:`~sb3_ext.replay.batch.ReplayHooks.weights`."""
+        return batch.weights if self._capacity else None
+
     def update_priorities(self, indices: NDArray[np.int64], td_errors: NDArray[Any]) -> None:
         """
-        Send errors where their transitions are; see :meth:`PrioritizedReplayBuffer.update_priorities`.
+        Send errors where their transitions are; see :meth:`~sb3_ext.replay.batch.ReplayHooks.update_priorities`.
 
         :param indices: ``batch.indices``
         :param td_errors: ``[B]``
         """
         old = indices < self._capacity
-        self.offline.update_priorities(indices[old], td_errors[old])  # type: ignore[attr-defined]
-        self.online.update_priorities(indices[~old] - self._capacity, td_errors[~old])  # type: ignore[attr-defined]
+        hooks_of(self.offline).update_priorities(indices[old], td_errors[old])
+        hooks_of(self.online).update_priorities(indices[~old] - self._capacity, td_errors[~old])
 
     def set_progress(self, remaining: float) -> None:
-        """Anneal beta in both; see :meth:`PrioritizedReplayBuffer.set_progress`."""
+        """See :meth:`~sb3_ext.replay.batch.ReplayHooks.set_progress`."""
         for buffer in (self.offline, self.online):
-            if hasattr(buffer, "set_progress"):
-                buffer.set_progress(remaining)
+            hooks_of(buffer).set_progress(remaining)
 
 
 def _join(column: tuple[Any, ...]) -> Any:

@@ -1,8 +1,9 @@
-"""Per-sample losses. Nothing here is reduced over the batch: see ``training.train_weighted``."""
+"""Per-sample losses. Nothing here is reduced over the batch: that is done in ``off_policy.py`` alone."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch as th
 from torch.nn import functional as F
@@ -164,3 +165,20 @@ def negative_cosine(prediction: th.Tensor, target: th.Tensor) -> th.Tensor:
     :return: ``[B]``, from -1 (same direction) to 1
     """
     return -F.cosine_similarity(prediction, target.detach(), dim=-1)
+
+
+class LossOutput(NamedTuple):
+    """
+    What a loss function returns.
+
+    :param loss: per-sample loss, ``[B]``
+    :param td_error: per-sample temporal-difference error, ``[B]``; its absolute value becomes the priority
+    :param metrics: further scalars to log, detached, 0-dim
+    :param backward: sets the parameters' gradients of the mean over the batch of ``weights * loss``, given the weights
+        ``[B]`` or None; None: autograd does it
+    """
+
+    loss: th.Tensor
+    td_error: th.Tensor
+    metrics: dict[str, th.Tensor]
+    backward: Callable[[th.Tensor | None], None] | None = None

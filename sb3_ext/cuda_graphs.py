@@ -10,7 +10,7 @@ import torch as th
 from torch import nn
 from torch.func import functional_call
 
-from sb3_ext.common.training import LossOutput
+from sb3_ext.losses import LossOutput
 
 Tensors = tuple[th.Tensor, ...]
 
@@ -68,7 +68,7 @@ class Recording:
         return self._outputs
 
     def backward(self, weights: th.Tensor | None) -> None:
-        """See :class:`~sb3_ext.common.training.LossOutput`."""
+        """See :class:`~sb3_ext.losses.LossOutput`."""
         if weights is None:
             self._weights.fill_(1 / len(self._weights))
         else:
@@ -82,13 +82,13 @@ class RecordedLoss:
     """
     A loss whose forward and backward pass are recorded as CUDA graphs for each shape of its arguments.
 
-    The results know their backward pass (:class:`~sb3_ext.common.training.LossOutput`) and take no part in autograd.
+    The results know their backward pass (:class:`~sb3_ext.losses.LossOutput`) and take no part in autograd.
     They and the gradients lie in memory that the next call writes to again. Parameters may change in place, as
     optimizers do; whatever else the function reads from Python, such as coefficients, is recorded with it. On a CPU the
     function runs as it is.
 
     :param network: its parameters get the gradients, in training mode
-    :param function: tensors -> :class:`~sb3_ext.common.training.LossOutput`; nothing in it may depend on values that
+    :param function: tensors -> :class:`~sb3_ext.losses.LossOutput`; nothing in it may depend on values that
         lie on the GPU
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,10 +11,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ext.common.device_frames import DeviceFrames
-from sb3_ext.common.memo import SearchMemo
-from sb3_ext.common.prioritized import PrioritizedReplayBuffer
-from sb3_ext.common.stores import DictStore, RingStore
+from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
+from sb3_ext.replay.rings import DeviceRings, DictStore, RingStore
 
 
 class SequenceSamples(NamedTuple):
@@ -51,7 +50,7 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
     """
     Prioritized replay whose samples are windows of consecutive transitions. Frames of image stacks are stored once.
 
-    :param buffer_size: as in :class:`~sb3_ext.common.prioritized.PrioritizedReplayBuffer`
+    :param buffer_size: as in :class:`~sb3_ext.replay.prioritized.PrioritizedReplayBuffer`
     :param observation_space: likewise; ``Box`` only
     :param action_space: likewise
     :param device: likewise
@@ -61,14 +60,14 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
     :param min_weight: smallest importance weight, so that no sample is all but ignored
     :param frames_on_device: with ``optimize_memory_usage``: keep a copy of the frames on the device, which takes 0.7 GB
         for 100,000 frames of 84x84 there, and cut the windows out there; None: on a GPU
-    :param kwargs: priorities, see :class:`~sb3_ext.common.prioritized.PrioritizedReplayBuffer`
+    :param kwargs: priorities, see :class:`~sb3_ext.replay.prioritized.PrioritizedReplayBuffer`
     :raises ValueError: if ``length`` is less than 1
     """
 
     memo: SearchMemo | None = None
     """What searches found from the stored observations, if anyone keeps it here; forgets what is overwritten."""
     frames_on_device: bool | None = None
-    _device_frames: DeviceFrames | None = None
+    _device_rings: DeviceRings | None = None
 
     def __init__(
         self,
@@ -168,16 +167,16 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
     ) -> NDArray[Any] | th.Tensor:
         on_device = self.device.type == "cuda" if self.frames_on_device is None else self.frames_on_device
         if on_device and isinstance(self.store, RingStore) and not (env is not None and env.norm_obs):
-            if self._device_frames is None:
-                self._device_frames = DeviceFrames(self.store, self.device)
-            return self._device_frames.take_windows(indices, last)
+            if self._device_rings is None:
+                self._device_rings = DeviceRings(self.store, self.device)
+            return self._device_rings.take_windows(indices, last)
         assert not isinstance(self.store, DictStore)
         observations = self.store.take_windows(indices, last)
         normalized = self._normalize_obs(observations.reshape(-1, *observations.shape[2:]), env)
         return normalized.reshape(observations.shape)  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_device_frames": None}
+        return {**self.__dict__, "_device_rings": None}
 
     def _positions(
         self, step: NDArray[np.int64], which: NDArray[np.int64], lengths: NDArray[np.int64]
@@ -189,3 +188,83 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
         goes_on = ~self._ends[last, which] & (last != (self.pos - 1) % self.buffer_size)
         positions[places >= (lengths + goes_on)[:, None]] = -1
         return positions
+
+
+class SearchMemo:
+    """
+    Values and search results by position in a replay buffer.
+
+    Every array has a last row more, of zeros, which is never written: position -1 stands for "stored nowhere".
+
+    :param size: positions, P
+    """
+
+    def __init__(self, size: int) -> None:
+        self.valued = np.zeros(size + 1, bool)
+        """Whether the network's value of a position is known, ``[P + 1]``."""
+        self.searched = np.zeros(size + 1, bool)
+        """Whether the results of a search are known, ``[P + 1]``."""
+        self.depth = 0.0
+        """Of the last searches, mean."""
+        self.settings = ""
+        """What results depend on besides the network; see :meth:`follow`."""
+        self._size = size
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._fingerprint: tuple[int, str] | None = None
+        self._versions: tuple[str, tuple[tuple[int, int], ...]] = "", ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_versions": ("", ())}  # addresses mean nothing in another process
+
+    def follow(self, network: th.nn.Module) -> None:
+        """
+        Forget everything if the network or :attr:`settings` are not what they were at the last call, also before saving
+        and loading.
+
+        :param network: that searches
+        """
+        tensors = network.state_dict().values()
+        versions = self.settings, tuple((x.data_ptr(), x._version) for x in tensors)
+        if versions == self._versions:
+            return
+        fingerprint = 0
+        for tensor in tensors:
+            fingerprint = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(th.uint8).numpy(), fingerprint)
+        if (fingerprint, self.settings) != self._fingerprint:
+            self.forget(slice(None))
+            self._arrays.clear()
+        self._fingerprint, self._versions = (fingerprint, self.settings), versions
+
+    def forget(self, positions: NDArray[np.int64] | slice) -> None:
+        """
+        Forget what was found from observations that are overwritten.
+
+        :param positions: of them
+        """
+        self.valued[positions] = self.searched[positions] = False
+
+    def put(self, positions: NDArray[np.int64], name: str, results: NDArray[Any]) -> None:
+        """
+        Keep results.
+
+        :param positions: ``[N]``; -1 is left out
+        :param name: ``"values"`` for the network's, any other for a search's; a search's all belong together
+        :param results: ``[N, ...]``
+        """
+        if name not in self._arrays:
+            self._arrays[name] = np.zeros((self._size + 1, *results.shape[1:]), results.dtype)
+        stored = positions >= 0
+        at = positions[stored]
+        self._arrays[name][at] = results[stored]
+        (self.valued if name == "values" else self.searched)[at] = True
+
+    def get(self, name: str, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """
+        Look results up.
+
+        :param name: under which :meth:`put` got them
+        :param positions: of any shape
+        :return: ``[*positions.shape, ...]``; zeros at -1
+        """
+        found: NDArray[Any] = self._arrays[name][positions]
+        return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -13,33 +13,15 @@ from numpy.typing import NDArray
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ext.common.buffers import OfflineReplayBuffer, to_device
-from sb3_ext.common.priorities import Priorities
-from sb3_ext.common.stores import DictStore, PairStore, RingStore
+from sb3_ext.replay.batch import PrioritizedReplayBufferSamples, ReplayHooks, n_step_returns, to_device
+from sb3_ext.replay.priorities import Priorities
+from sb3_ext.replay.rings import DictStore, PairStore, RingStore
 
 _UNANSWERED = 10
 """Batches in a row without new priorities before the user is told that they are never learnt from."""
 
 
-class PrioritizedReplayBufferSamples(NamedTuple):
-    """
-    SB3's ``ReplayBufferSamples`` with two more fields.
-
-    :param weights: importance weights, ``[B, 1]``
-    :param indices: for :meth:`PrioritizedReplayBuffer.update_priorities`, ``[B]``
-    """
-
-    observations: Any
-    actions: th.Tensor
-    next_observations: Any
-    dones: th.Tensor
-    rewards: th.Tensor
-    discounts: th.Tensor | None
-    weights: th.Tensor
-    indices: NDArray[np.int64]
-
-
-class PrioritizedReplayBuffer(ReplayBuffer):
+class PrioritizedReplayBuffer(ReplayBuffer, ReplayHooks):
     """
     Prioritized experience replay (Schaul et al., 2016, https://arxiv.org/abs/1511.05952) for ``replay_buffer_class``.
 
@@ -65,7 +47,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
     :param final_beta: the exponent at the end of the run, reached linearly; set it to ``beta`` for a constant
     :param eps: added to every absolute error; higher is more uniform
     :param rank_based: priorities ``1 / rank`` instead of errors
-    :param stratified: see :class:`~sb3_ext.common.priorities.Priorities`
+    :param stratified: see :class:`~sb3_ext.replay.priorities.Priorities`
     :param n_steps: rewards summed before bootstrapping; a transition can be drawn once its n steps are complete
     :param gamma: discount factor of that sum. ``sb3_ext.DQN`` and ``QRDQN`` pass both on by themselves
     :param frame_stack: for ``optimize_memory_usage``: frames per observation, along the first (channel) axis. Default:
@@ -100,7 +82,8 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         # not ReplayBuffer.__init__: it would allocate observations twice, and refuses to store final ones
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs)
         self.buffer_size = size = max(buffer_size // n_envs, 1)
-        if n_steps < 1 or n_steps > size:
+        # a buffer of one step is that of a model which is loaded to predict only
+        if n_steps < 1 or n_steps > size > 1:
             raise ValueError(f"n_steps must be between 1 and the {size} steps the buffer holds, got {n_steps}.")
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
@@ -161,6 +144,11 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         """
         pos = self.pos
         if self._watch:
+            if self.n_steps > self.buffer_size:
+                raise ValueError(
+                    f"A buffer of {self.buffer_size} step cannot hold n_steps={self.n_steps}: it serves a model that only "
+                    "predicts. Load the model with a larger buffer_size to learn."
+                )
             if self.full:
                 self.priorities.tree.fill(pos * self.n_envs, self.n_envs, 0.0)
             self._close(self._goes_on & ~self.store.continues(obs))
@@ -217,7 +205,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         :param batch_size: B
         :param env: VecNormalize to apply, as in SB3
         :return: SB3's fields, importance weights ``[B, 1]`` and indices ``[B]``
-        :raises ValueError: if no transition is complete yet
+        :raises ValueError: if nothing was added yet
         """
         self._unanswered += 1
         if self._unanswered == _UNANSWERED and self.priorities.alpha > 0:
@@ -227,46 +215,64 @@ class PrioritizedReplayBuffer(ReplayBuffer):
                 "call update_priorities(batch.indices, td_errors) after each batch.",
                 stacklevel=2,
             )
+        if self.priorities.tree.total == 0 and self._pending.any():
+            return self._gather(self._incomplete(batch_size), np.ones(batch_size, np.float32), env)
         indices, weights = self.priorities.draw(batch_size)
         return self._gather(indices, weights, env)
+
+    def _incomplete(self, batch_size: int) -> NDArray[np.int64]:
+        """Draw uniformly from transitions that miss some of their n steps, as long as there are no others."""
+        steps = [np.arange(n) for n in self._pending]
+        which = np.repeat(self._envs, self._pending)
+        slots = (self.pos - 1 - np.concatenate(steps)) % self.buffer_size * self.n_envs + which
+        return self.priorities.rng.choice(slots, batch_size)
 
     def _gather(
         self, indices: NDArray[np.int64], weights: NDArray[np.float32], env: VecNormalize | None
     ) -> PrioritizedReplayBufferSamples:
-        last, discounts = indices, None
+        last: NDArray[np.int64] = indices
+        discounts: NDArray[np.float32] | None = None
         if self.n_steps == 1:
             rewards = self._normalize_reward(self.rewards.take(indices), env)
         else:
             last, rewards, discounts = self._n_step(indices, env)
         observations, next_observations = self.store.take(indices, last)
-        actions = self.actions.reshape(-1, self.action_dim).take(indices, axis=0)
-        dones = self.dones.take(last)
-        return PrioritizedReplayBufferSamples(
-            observations=to_device(self._normalize_obs(observations, env), self.device),
-            actions=to_device(actions, self.device),
-            next_observations=to_device(self._normalize_obs(next_observations, env), self.device),
-            dones=to_device(dones.reshape(-1, 1), self.device),
-            rewards=to_device(rewards.reshape(-1, 1), self.device),
-            discounts=discounts,
-            weights=to_device(weights.reshape(-1, 1), self.device),
-            indices=indices,
+        observations, actions, next_observations, dones, rewards, discounts, weights = to_device(
+            (
+                self._normalize_obs(observations, env),
+                self.actions.reshape(-1, self.action_dim).take(indices, axis=0),
+                self._normalize_obs(next_observations, env),
+                self.dones.take(last).reshape(-1, 1),
+                rewards.reshape(-1, 1),
+                None if discounts is None else discounts.reshape(-1, 1),
+                weights.reshape(-1, 1),
+            ),
+            self.device,
         )
+        return PrioritizedReplayBufferSamples(
+            observations, actions, next_observations, dones, rewards, discounts, weights, indices
+        )
+
+    def weights(self, batch: PrioritizedReplayBufferSamples) -> th.Tensor:
+        """See :meth:`~sb3_ext.replay.batch.ReplayHooks.weights`."""
+        return batch.weights
 
     def _n_step(
         self, indices: NDArray[np.int64], env: VecNormalize | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], th.Tensor]:
-        """Last transition, summed reward and discount of the n-step return; the sum stops where a sequence ends."""
-        steps = np.arange(self.n_steps)
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        """
+        Last transition, summed reward and discount of the n-step return.
+
+        The sum stops where a sequence ends, and with the newest transition.
+        """
         step, which = np.divmod(indices, self.n_envs)
-        window = (step[:, None] + steps) % self.buffer_size * self.n_envs + which[:, None]
-        ends = self._ends.reshape(-1)[window]
+        window = (step[:, None] + np.arange(self.n_steps)) % self.buffer_size * self.n_envs + which[:, None]
+        ends = self._ends.reshape(-1)[window] | (window // self.n_envs == (self.pos - 1) % self.buffer_size)
         ends[:, -1] = True
         last = ends.argmax(axis=1)
         rewards = self._normalize_reward(self.rewards.reshape(-1)[window], env)
-        weights = np.where(steps <= last[:, None], self.gamma**steps, 0)
-        discounts = (self.gamma ** (last + 1)).astype(np.float32).reshape(-1, 1)
-        summed = (rewards * weights).sum(axis=1).astype(np.float32)
-        return window[np.arange(len(last)), last], summed, to_device(discounts, self.device)
+        summed, discounts = n_step_returns(rewards, last + 1, self.gamma)
+        return window[np.arange(len(last)), last], summed.astype(np.float32), discounts.astype(np.float32)
 
     def update_priorities(self, indices: NDArray[np.int64], td_errors: NDArray[Any]) -> None:
         """
@@ -285,54 +291,4 @@ class PrioritizedReplayBuffer(ReplayBuffer):
 
         :param remaining: share of the run that is left, 1 to 0
         """
-        self.priorities.set_progress(remaining)
-
-
-class PrioritizedOfflineReplayBuffer(OfflineReplayBuffer):
-    """
-    A fixed dataset, drawn from by priority; made by ``load_minari(..., prioritized=...)``.
-
-    :param args: see :class:`~sb3_ext.common.buffers.OfflineReplayBuffer`
-    :param prioritized: arguments of :class:`~sb3_ext.common.priorities.Priorities`
-    :param kwargs: see :class:`~sb3_ext.common.buffers.OfflineReplayBuffer`
-    """
-
-    def __init__(self, *args: Any, prioritized: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.priorities = Priorities(self.buffer_size, **{"seed": kwargs.get("seed"), **prioritized})
-        self.priorities.activate_range(0, self.buffer_size)
-
-    def seed(self, seed: int | None) -> None:
-        """See :meth:`OfflineReplayBuffer.seed`."""
-        self.priorities.rng = np.random.default_rng(seed)
-
-    @property
-    def sampler_state(self) -> Any:
-        """The priorities."""
-        return self.priorities
-
-    @sampler_state.setter
-    def sampler_state(self, state: Any) -> None:
-        self.priorities = state
-
-    def sample(  # type: ignore[override]
-        self, batch_size: int, env: VecNormalize | None = None
-    ) -> PrioritizedReplayBufferSamples:
-        """
-        Draw transitions in proportion to their priorities.
-
-        :param batch_size: B
-        :param env: VecNormalize to apply
-        :return: see :meth:`PrioritizedReplayBuffer.sample`
-        """
-        indices, weights = self.priorities.draw(batch_size)
-        batch = self._get_samples(indices, env)
-        return PrioritizedReplayBufferSamples(*batch, to_device(weights.reshape(-1, 1), self.device), indices)
-
-    def update_priorities(self, indices: NDArray[np.int64], td_errors: NDArray[Any]) -> None:
-        """See :meth:`PrioritizedReplayBuffer.update_priorities`."""
-        self.priorities.update(indices, td_errors)
-
-    def set_progress(self, remaining: float) -> None:
-        """See :meth:`PrioritizedReplayBuffer.set_progress`."""
         self.priorities.set_progress(remaining)

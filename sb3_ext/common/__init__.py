@@ -1,1 +1,0 @@
-"""Losses, storage, buffers and the gradient loop that the algorithms share."""

@@ -1,0 +1,1 @@
+"""Storage of experience: frames, rings, fixed datasets, priorities."""

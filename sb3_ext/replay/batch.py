@@ -1,0 +1,170 @@
+"""Batches: what the training loop gets from a replay buffer and tells it, n-step returns, and the one transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch as th
+from numpy.typing import NDArray
+
+_ALIGN = 16
+"""In a transfer every array begins at a multiple of so many bytes, so that it can be viewed in its dtype there."""
+
+
+class PrioritizedReplayBufferSamples(NamedTuple):
+    """
+    SB3's ``ReplayBufferSamples`` with two more fields.
+
+    :param weights: importance weights, ``[B, 1]``
+    :param indices: for ``update_priorities``, ``[B]``
+    """
+
+    observations: Any
+    actions: th.Tensor
+    next_observations: Any
+    dones: th.Tensor
+    rewards: th.Tensor
+    discounts: th.Tensor | None
+    weights: th.Tensor
+    indices: NDArray[np.int64]
+
+
+@runtime_checkable
+class ReplayHooks(Protocol):
+    """
+    What the training loop asks and tells a replay buffer besides SB3's ``add`` and ``sample``.
+
+    A buffer derives from this class and overrides what concerns it; by default nothing is weighted and nothing happens.
+    """
+
+    def weights(self, batch: Any) -> th.Tensor | None:
+        """
+        Importance weights of samples.
+
+        :param batch: what ``sample`` returned
+        :return: ``[B, 1]``; None: every sample counts the same, and no errors are wanted
+        """
+        return None
+
+    def update_priorities(self, indices: NDArray[np.int64], td_errors: NDArray[Any]) -> None:
+        """
+        Learn from the errors of a batch.
+
+        :param indices: ``batch.indices``
+        :param td_errors: of any sign, ``[B]``
+        """
+        return
+
+    def set_progress(self, remaining: float) -> None:
+        """
+        Say how far the run is.
+
+        :param remaining: share of the run that is left, 1 to 0
+        """
+        return
+
+    def end_sequences(self) -> None:
+        """Say that every environment begins anew: what comes next does not follow what was added last."""
+        return
+
+
+class _Foreign(ReplayHooks):
+    """
+    The hooks that a buffer of somebody else has.
+
+    :param buffer: the buffer
+    """
+
+    def __init__(self, buffer: Any) -> None:
+        for name in ("update_priorities", "set_progress", "end_sequences"):
+            if callable(hook := getattr(buffer, name, None)):
+                setattr(self, name, hook)
+
+    def weights(self, batch: Any) -> th.Tensor | None:
+        """See :meth:`ReplayHooks.weights`."""
+        found: th.Tensor | None = getattr(batch, "weights", None)
+        return found
+
+
+def hooks_of(buffer: Any) -> ReplayHooks:
+    """
+    Find a replay buffer's hooks.
+
+    :param buffer: ours, SB3's or somebody else's
+    :return: the buffer itself if it has them all; else those it has, the others doing nothing
+    """
+    return buffer if isinstance(buffer, ReplayHooks) else _Foreign(buffer)
+
+
+def n_step_returns(
+    rewards: NDArray[np.floating[Any]], counts: NDArray[np.integer[Any]], gamma: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """
+    Discounted sums of the first rewards of each row: ``sum_{i < m} gamma^i r_i``, and ``gamma^m`` for what follows.
+
+    :param rewards: ``[B, n]``; ignored from ``counts`` on
+    :param counts: rewards of each row that belong to its sequence, m, ``[B]``, from 0 to n
+    :param gamma: discount factor
+    :return: sums and discounts, ``[B]``
+    """
+    steps = np.arange(rewards.shape[1])
+    weights = np.where(steps < counts[:, None], gamma**steps, 0)
+    return (rewards * weights).sum(axis=1), np.asarray(gamma, np.float64) ** counts
+
+
+def _mapped(part: Any, function: Callable[[NDArray[Any]], Any]) -> Any:
+    """Apply a function to an array, or to those of a dictionary; leave tensors and None alone."""
+    if isinstance(part, dict):
+        return {key: _mapped(array, function) for key, array in part.items()}
+    return function(part) if isinstance(part, np.ndarray) else part
+
+
+def to_device(parts: Sequence[Any], device: th.device) -> list[Any]:
+    """
+    Make tensors of arrays: without a copy on a CPU, in one transfer elsewhere.
+
+    :param parts: arrays of any shapes and dtypes, dictionaries of arrays; tensors and None stay as they are
+    :param device: where the tensors go
+    :return: tensors and dictionaries of tensors, in the same order
+    """
+    if device.type == "cpu":
+        return [_mapped(part, th.from_numpy) for part in parts]
+    arrays: list[NDArray[Any]] = []
+    for part in parts:
+        _mapped(part, arrays.append)
+    packed, starts = pack(arrays)
+    there = unpack(th.from_numpy(packed).to(device, non_blocking=True), arrays, starts)
+    tensors = iter(there)
+    return [_mapped(part, lambda _: next(tensors)) for part in parts]
+
+
+def pack(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[np.uint8], list[int]]:
+    """
+    Copy arrays into one row of bytes.
+
+    :param arrays: the arrays
+    :return: the bytes, and where each array begins
+    """
+    sizes = [-(-array.nbytes // _ALIGN) * _ALIGN for array in arrays]
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    packed = np.empty(sum(sizes), np.uint8)
+    for array, start in zip(arrays, starts, strict=True):
+        packed[start : start + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
+    return packed, starts
+
+
+def unpack(packed: th.Tensor, arrays: Sequence[NDArray[Any]], starts: Sequence[int]) -> list[th.Tensor]:
+    """
+    Undo :func:`pack` without a copy.
+
+    :param packed: the bytes, on any device
+    :param arrays: for their shapes and dtypes
+    :param starts: where each begins
+    :return: the tensors
+    """
+    return [
+        packed[start : start + array.nbytes].view(th.from_numpy(np.empty(0, array.dtype)).dtype).reshape(array.shape)
+        for array, start in zip(arrays, starts, strict=True)
+    ]

@@ -28,7 +28,7 @@ from cql_learning import machine, parse_settings
 
 from sb3_ext import EfficientZeroV2
 from sb3_ext.cuda_graphs import Recording
-from sb3_ext.efficientzero.device_search import DeviceSteps
+from sb3_ext.search.gpu import DeviceSteps
 from sb3_ext.zoo.config import load_algo, read_entries, resolve
 from sb3_ext.zoo.tasks import check_env_id, make_envs
 

@@ -62,8 +62,7 @@ def our_search(task: str, batch: int) -> Callable[[], None]:
     import torch as th
     from torch import nn
 
-    from sb3_ext.efficientzero.fast import CHUNK, compile_mlp, decode
-    from sb3_ext.efficientzero.search import RecurrentOutput, gumbel_search
+    from sb3_ext.search import CHUNK, RecurrentOutput, compile_mlp, decode, gumbel_search
 
     th.set_num_threads(1)
     rng = np.random.default_rng(0)

@@ -103,7 +103,11 @@ def conservative_gap(q_values: th.Tensor, actions: th.Tensor) -> th.Tensor:
     return th.logsumexp(q_values, dim=1) - q_values.gather(1, actions.long().reshape(-1, 1)).squeeze(1)
 
 
-def value_transform(x: th.Tensor, eps: float = 1e-3) -> th.Tensor:
+TRANSFORM_EPS = 1e-3
+"""Slope of the value transform far out."""
+
+
+def value_transform(x: th.Tensor, eps: float = TRANSFORM_EPS) -> th.Tensor:
     """
     Compress returns: ``h(x) = sign(x) (sqrt(|x| + 1) - 1) + eps x`` (Pohlen et al., 2018,
     https://arxiv.org/abs/1805.11593, proposition A.2).
@@ -115,7 +119,7 @@ def value_transform(x: th.Tensor, eps: float = 1e-3) -> th.Tensor:
     return x.sign() * ((x.abs() + 1).sqrt() - 1) + eps * x
 
 
-def inverse_value_transform(x: th.Tensor, eps: float = 1e-3) -> th.Tensor:
+def inverse_value_transform(x: th.Tensor, eps: float = TRANSFORM_EPS) -> th.Tensor:
     """
     Inverse of :func:`value_transform`, written without cancellation.
 

@@ -1,6 +1,5 @@
 """What holds for the package as a whole: imports, signatures, examples, documentation."""
 
-import ast
 import inspect
 import re
 import subprocess
@@ -17,62 +16,6 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 import sb3_ext
 
 ROOT = Path(__file__).resolve().parents[1]
-PURE = (
-    "common/losses",
-    "common/sum_tree",
-    "common/priorities",
-    "common/frames",
-    "efficientzero/search",
-    "efficientzero/tree",
-    "efficientzero/fast",
-    "efficientzero/targets",
-    "efficientzero/prefix",
-    "efficientzero/calls",
-    "efficientzero/meter",
-)
-ALGORITHMS = {"dqn", "cql", "efficientzero", "gail"}
-
-
-def imports(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return names
-
-
-MODULES = sorted((ROOT / "sb3_ext").rglob("*.py"))
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_import_rules(path: Path) -> None:
-    name = path.relative_to(ROOT / "sb3_ext").with_suffix("").as_posix()
-    package = name.split("/")[0]
-    found = imports(path)
-    ours = {n for n in found if n.startswith("sb3_ext")}
-    roots = {n.split(".")[0] for n in found}
-    if name in PURE:
-        assert not roots & {"stable_baselines3", "sb3_contrib", "gymnasium", "minari", "imitation"}
-    if package in ("common", "data"):
-        assert not {n for n in ours if n.split(".")[1] in ALGORITHMS | {"zoo"}}
-    if package == "common":
-        assert not {n for n in ours if n.startswith("sb3_ext.data")}
-    if package in ALGORITHMS:
-        allowed = {"common", "data", package} | ({"dqn"} if package == "cql" else set())
-        assert {n.split(".")[1] for n in ours} <= allowed
-    if package != "gail":
-        assert "imitation" not in roots
-    if package == "zoo":
-        assert {n for n in ours if n.split(".")[1:2] != ["zoo"]} <= {"sb3_ext", "sb3_ext.data"}
-    assert len(path.read_text().splitlines()) <= 400
-
-
-def test_scripts_use_public_names_only() -> None:
-    for folder in ("examples", "datasets"):
-        for path in (ROOT / folder).glob("*.py"):
-            assert {n for n in imports(path) if n.startswith("sb3_ext")} <= {"sb3_ext", "sb3_ext.data"}
 
 
 def parameters(cls: type) -> list[str]:

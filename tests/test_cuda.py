@@ -16,15 +16,14 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ext import BC, CQL, EfficientZeroV2, load_minari
 from sb3_ext.cuda_graphs import RecordedLoss
 from sb3_ext.data import StackFrames, make_atari_env
-from sb3_ext.efficientzero import device_search
-from sb3_ext.efficientzero.device_search import DeviceSearch, padded
-from sb3_ext.efficientzero.fast_network import Roots
 from sb3_ext.efficientzero.gaussian import root_samples
-from sb3_ext.efficientzero.policies import CnnPolicy
-from sb3_ext.efficientzero.prefix import start_parts
+from sb3_ext.efficientzero.networks import start_parts
+from sb3_ext.efficientzero.policies import CnnPolicy, Roots
 from sb3_ext.efficientzero.replay import SequenceReplayBuffer
-from sb3_ext.efficientzero.search import gumbel_search
 from sb3_ext.losses import LossOutput
+from sb3_ext.search import gpu as device_search
+from sb3_ext.search.gpu import DeviceSearch, padded
+from sb3_ext.search.gumbel import gumbel_search
 
 needs_gpu = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]

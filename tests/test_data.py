@@ -20,7 +20,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_ext.data import DatasetError, StackFrames, load_minari, make_atari_env, make_eval_env, record
 from sb3_ext.data.cache import cache_key
-from sb3_ext.data.minari import choose_episodes
+from sb3_ext.data.load import choose_episodes
 from sb3_ext.data.source import open_source
 from sb3_ext.replay.dataset import OfflineReplayBuffer
 from tests import reference

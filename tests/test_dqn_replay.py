@@ -30,7 +30,7 @@ from sb3_ext.data import (
     make_eval_env,
     record,
 )
-from sb3_ext.data.replay_log import STORES, store_name
+from sb3_ext.data.dqn_replay.log import STORES, store_name
 from sb3_ext.zoo.main import main
 
 CAPACITY = 50
@@ -325,7 +325,7 @@ def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.M
     write_log(tmp_path, steps_of([60, 30, 41, 77, 12]))
     data = Path(convert(tmp_path).storage.data_path)
     undisturbed = digest(data)
-    import sb3_ext.data.dqn_replay as module
+    import sb3_ext.data.dqn_replay.convert as module
 
     whole, calls = module._write_episode, 0
 

@@ -23,8 +23,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_ext import DQN, EfficientZeroV2
 from sb3_ext.data import DatasetError, StackFrames, make_atari_env, record
-from sb3_ext.efficientzero.augment import random_intensity, random_shift
 from sb3_ext.efficientzero.gaussian import log_prob, root_samples, sampled_entropy
+from sb3_ext.efficientzero.loss import random_intensity, random_shift
 from sb3_ext.efficientzero.networks import CnnNetwork, RunningNorm
 from sb3_ext.efficientzero.policies import CnnPolicy, MlpPolicy
 from sb3_ext.efficientzero.replay import SequenceReplayBuffer

@@ -14,10 +14,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ext import EfficientZeroV2
 from sb3_ext.efficientzero import policies
-from sb3_ext.efficientzero.meter import Rate, flush_rate
+from sb3_ext.efficientzero.loss import unrolled_loss
+from sb3_ext.efficientzero.policies import Rate, flush_rate
 from sb3_ext.efficientzero.replay import SequenceReplayBuffer
-from sb3_ext.efficientzero.search import gumbel_search
-from sb3_ext.efficientzero.unroll import unrolled_loss
+from sb3_ext.search.gumbel import gumbel_search
 from tests.test_efficientzero import SMALL, TINY_CNN
 
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sb3_ext.efficientzero import fast
-from sb3_ext.efficientzero.fast import compile_mlp, decode
-from sb3_ext.efficientzero.kernels import SMALL_BATCH
+from sb3_ext.search import mlp as fast
+from sb3_ext.search.mlp import compile_mlp, decode
+from sb3_ext.search.mlp_kernels import SMALL_BATCH
 
 BATCHES = [1, 2, 3, 5, 7, SMALL_BATCH, SMALL_BATCH + 1, 64, fast.CHUNK + 3]
 

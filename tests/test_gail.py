@@ -33,9 +33,9 @@ import sb3_ext
 from sb3_ext import record
 from sb3_ext.data import DatasetError, StackFrames, collect_episodes
 from sb3_ext.gail import GAIL, FixedHorizon, load_trajectories
-from sb3_ext.gail.absorbing import LOGIT_CLIP, AbsorbingStates
 from sb3_ext.gail.demonstrations import Demonstrations
-from sb3_ext.gail.discriminator import REWARDS, Discriminator, make_reward_net
+from sb3_ext.gail.discriminator import Discriminator
+from sb3_ext.gail.reward import LOGIT_CLIP, REWARDS, AbsorbingStates, make_reward_net
 
 from .conftest import MakeDataset, flags
 

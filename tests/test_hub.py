@@ -25,7 +25,7 @@ from PIL import Image
 
 from sb3_ext import load_minari, record
 from sb3_ext.data import DatasetError, download, publish
-from sb3_ext.data.manifest import Manifest, describe, parse_manifest
+from sb3_ext.data.hub.manifest import Manifest, describe, parse_manifest
 from sb3_ext.zoo.main import main
 from tests.hub_server import TOKEN, Hub
 
@@ -753,7 +753,7 @@ def test_a_disk_that_fills_up_during_the_transfer(
     remote: str, on_hub: Hub, place: Path, small_disk: Path, monkeypatch: Any, tiny: minari.MinariDataset
 ) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(small_disk))
-    monkeypatch.setattr("sb3_ext.data.hub.check_space", lambda folder, needed: None)
+    monkeypatch.setattr("sb3_ext.data.hub.hub.check_space", lambda folder, needed: None)
     with pytest.raises(DatasetError, match=r"is full: about [\d,]+ bytes are needed in all, [\d,]+ are free"):
         download(HERE if remote == "hub" else place)
     assert_nothing_landed()

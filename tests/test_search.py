@@ -11,7 +11,7 @@ import torch as th
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sb3_ext.efficientzero.search import RecurrentOutput, SearchOutput, gumbel_search, principal_line
+from sb3_ext.search.gumbel import RecurrentOutput, SearchOutput, gumbel_search, principal_line
 from tests.reference import Node, SlowSearch
 
 STATES = 29

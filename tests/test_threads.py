@@ -11,8 +11,8 @@ from threadpoolctl import threadpool_info
 
 from sb3_ext import EfficientZeroV2
 from sb3_ext.efficientzero import policies
-from sb3_ext.efficientzero.search import gumbel_search
-from sb3_ext.efficientzero.threads import _libraries, blas_threads
+from sb3_ext.search.gumbel import gumbel_search
+from sb3_ext.threads import _libraries, blas_threads
 
 
 def numbers() -> list[int]:

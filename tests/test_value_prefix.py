@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sb3_ext import EfficientZeroV2
-from sb3_ext.efficientzero.networks import CnnNetwork
+from sb3_ext.efficientzero.networks import CnnNetwork, ValuePrefix, start_parts, step_parts
 from sb3_ext.efficientzero.policies import CnnPolicy, EfficientZeroPolicy, MlpPolicy
-from sb3_ext.efficientzero.prefix import ValuePrefix, start_parts, step_parts
 from sb3_ext.efficientzero.replay import SequenceReplayBuffer
-from sb3_ext.efficientzero.search import RecurrentOutput, gumbel_search
 from sb3_ext.efficientzero.targets import value_prefixes
+from sb3_ext.search.gumbel import RecurrentOutput, gumbel_search
 from tests.reference import Node, SlowSearch
 from tests.test_efficientzero import SMALL, TINY_CNN, randomize
 

@@ -15,9 +15,9 @@ from gymnasium import spaces
 
 from sb3_ext import record
 from sb3_ext.data import download, list_datasets, publish, sample_transitions, show_dataset, verify_dataset
-from sb3_ext.data.outlook import action_coverage, judge, neighbours_agree, room_above
 from sb3_ext.data.show import _read_one, picture
 from sb3_ext.data.source import open_source
+from sb3_ext.data.verify import action_coverage, judge, neighbours_agree, room_above
 from sb3_ext.zoo.main import main
 from tests.conftest import MakeDataset, flags
 

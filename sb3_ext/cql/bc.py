@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 
 from sb3_ext.cql.cql import CQL
 from sb3_ext.cql.support import with_adam
-from sb3_ext.data.minari import DatasetLike
+from sb3_ext.data.load import DatasetLike
 from sb3_ext.losses import LossOutput, conservative_gap
 
 

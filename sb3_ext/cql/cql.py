@@ -16,7 +16,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from sb3_ext.cql.mixed import MixedReplayBuffer
 from sb3_ext.cql.offline import OfflineQRDQN
 from sb3_ext.cql.support import OnlineReplayBuffer, check_arguments, with_adam
-from sb3_ext.data.minari import DatasetLike
+from sb3_ext.data.load import DatasetLike
 from sb3_ext.dqn.dqn import QRDQN
 from sb3_ext.losses import LossOutput, conservative_gap
 from sb3_ext.replay.dataset import OfflineReplayBuffer

@@ -36,8 +36,8 @@ from sb3_ext.cql.support import (
     warn_on_overestimation,
 )
 from sb3_ext.cuda_graphs import RecordedLoss
-from sb3_ext.data.minari import DatasetLike, load_minari
-from sb3_ext.data.outlook import action_coverage
+from sb3_ext.data.load import DatasetLike, load_minari
+from sb3_ext.data.verify import action_coverage
 from sb3_ext.dqn.dqn import QRDQN
 from sb3_ext.losses import LossOutput
 from sb3_ext.normalize import begin_statistics_of

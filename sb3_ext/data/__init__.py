@@ -4,20 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sb3_ext.data.checks import DatasetError
-from sb3_ext.data.dqn_replay import convert_dqn_replay
-from sb3_ext.data.engines import ENGINES
+from sb3_ext.data.dqn_replay.convert import convert_dqn_replay
+from sb3_ext.data.dqn_replay.engines import ENGINES
+from sb3_ext.data.dqn_replay.log import ReplayLog, ReplayLogger
+from sb3_ext.data.dqn_replay.plan import SUBSETS
 from sb3_ext.data.envs import StackFrames, make_atari_env
-from sb3_ext.data.hub import download, publish
+from sb3_ext.data.hub.hub import download, publish
 from sb3_ext.data.play import default_keys, describe_keys, parse_keys, play_episodes
 from sb3_ext.data.record import EpisodeRecorder, collect_episodes, record
-from sb3_ext.data.replay_log import ReplayLog, ReplayLogger
-from sb3_ext.data.replay_plan import SUBSETS
 from sb3_ext.data.show import Transitions, list_datasets, sample_transitions, show_dataset
 from sb3_ext.data.verify import DatasetReport, verify_dataset
 from sb3_ext.data.write import Episode, check_new_dataset, check_new_id, write_dataset
 
 if TYPE_CHECKING:
-    from sb3_ext.data.minari import load_minari, make_eval_env
+    from sb3_ext.data.load import load_minari, make_eval_env
 
 __all__ = [
     "ENGINES",

@@ -13,9 +13,9 @@ from gymnasium import spaces
 from minari.storage.datasets_root_dir import get_dataset_path
 from numpy.typing import NDArray
 
-from sb3_ext.data.card import plot_returns
 from sb3_ext.data.checks import CheckedEpisode
 from sb3_ext.data.envs import is_frame_space, to_channel_first
+from sb3_ext.data.hub.card import plot_returns
 from sb3_ext.data.source import DatasetLike, Source, open_source
 
 if TYPE_CHECKING:

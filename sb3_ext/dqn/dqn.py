@@ -10,7 +10,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.nn import functional as F
 
-from sb3_ext.dqn import policies
+from sb3_ext.dqn import rainbow
 from sb3_ext.losses import LossOutput, quantile_huber_loss
 from sb3_ext.off_policy import OffPolicy
 
@@ -24,9 +24,9 @@ class DQN(OffPolicy, sb3.DQN):
     """
 
     policy_aliases: ClassVar[dict[str, Any]] = {
-        "MlpPolicy": policies.DQNPolicy,
-        "CnnPolicy": policies.DQNCnnPolicy,
-        "MultiInputPolicy": policies.DQNMultiInputPolicy,
+        "MlpPolicy": rainbow.DQNPolicy,
+        "CnnPolicy": rainbow.DQNCnnPolicy,
+        "MultiInputPolicy": rainbow.DQNMultiInputPolicy,
     }
 
     def compute_loss(self, batch: ReplayBufferSamples) -> LossOutput:
@@ -57,9 +57,9 @@ class QRDQN(OffPolicy, sb3_contrib.QRDQN):
     """
 
     policy_aliases: ClassVar[dict[str, Any]] = {
-        "MlpPolicy": policies.QRDQNPolicy,
-        "CnnPolicy": policies.QRDQNCnnPolicy,
-        "MultiInputPolicy": policies.QRDQNMultiInputPolicy,
+        "MlpPolicy": rainbow.QRDQNPolicy,
+        "CnnPolicy": rainbow.QRDQNCnnPolicy,
+        "MultiInputPolicy": rainbow.QRDQNMultiInputPolicy,
     }
 
     def compute_loss(self, batch: ReplayBufferSamples) -> LossOutput:

@@ -12,22 +12,20 @@ import torch as th
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import configure_logger
 
 from sb3_ext.cuda_graphs import RecordedLoss
-from sb3_ext.data.minari import DatasetLike
-from sb3_ext.efficientzero.augment import random_intensity, random_shift
-from sb3_ext.efficientzero.checks import check_spaces
+from sb3_ext.data.load import DatasetLike
 from sb3_ext.efficientzero.explain import Explanation, explain
+from sb3_ext.efficientzero.loss import random_intensity, random_shift, unroll, unrolled_loss
 from sb3_ext.efficientzero.masking import MaskedCollection
-from sb3_ext.efficientzero.meter import Rate, flush_rate
-from sb3_ext.efficientzero.offline import fill_replay_buffer
-from sb3_ext.efficientzero.policies import CnnPolicy, EfficientZeroPolicy, MlpPolicy
+from sb3_ext.efficientzero.policies import CnnPolicy, EfficientZeroPolicy, MlpPolicy, Rate, flush_rate
 from sb3_ext.efficientzero.reanalysis import Targets, reanalyze
-from sb3_ext.efficientzero.replay import SearchMemo, SequenceReplayBuffer, SequenceSamples
+from sb3_ext.efficientzero.replay import SearchMemo, SequenceReplayBuffer, SequenceSamples, fill_replay_buffer
 from sb3_ext.efficientzero.resume import random_state, restore_random_state
-from sb3_ext.efficientzero.unroll import unroll, unrolled_loss
 from sb3_ext.losses import LossOutput
 from sb3_ext.normalize import begin_statistics
 from sb3_ext.off_policy import OffPolicy
@@ -204,7 +202,7 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        check_spaces(self.observation_space, self.action_space, self.policy_class, self.batch_size)
+        _check_supported(self.observation_space, self.action_space, self.policy_class, self.batch_size)
         if self.image_shift is None:
             shape = self.observation_space.shape
             assert shape is not None
@@ -286,7 +284,7 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
 
     def compute_loss(self, batch: SequenceSamples) -> LossOutput:
         """
-        Loss of windows unrolled through the model; see :func:`~sb3_ext.efficientzero.unroll.unrolled_loss`.
+        Loss of windows unrolled through the model; see :func:`~sb3_ext.efficientzero.loss.unrolled_loss`.
 
         :param batch: windows of the replay buffer
         :return: loss and error of the value at the first place, ``[B]``, and metrics
@@ -399,3 +397,39 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy_target", "policy.optimizer"], []
+
+
+def _check_supported(
+    observations: spaces.Space[Any], actions: spaces.Space[Any], policy_class: type[BasePolicy], batch_size: int
+) -> None:
+    """
+    Refuse spaces that are not supported.
+
+    :param observations: of the environment
+    :param actions: of the environment
+    :param policy_class: the policy that will see them
+    :param batch_size: windows per update
+    :raises ValueError: names what is wrong
+    """
+    if not isinstance(observations, spaces.Box):
+        raise ValueError(f"EfficientZeroV2 needs Box observations, not {observations}.")
+    if not isinstance(actions, spaces.Discrete | spaces.Box):
+        raise ValueError(f"EfficientZeroV2 needs Discrete or Box actions, not {actions}.")
+    if isinstance(actions, spaces.Discrete) and actions.start != 0:
+        raise ValueError(f"Discrete actions must begin at 0, not {actions}: gymnasium.wrappers.TransformAction.")
+    if issubclass(policy_class, CnnPolicy):
+        _check_images(observations, batch_size)
+
+
+def _check_images(space: spaces.Box, batch_size: int) -> None:
+    if len(space.shape) != 3:
+        raise ValueError(f"CnnPolicy needs images, the observations have shape {space.shape}: MlpPolicy.")
+    if is_image_space(space) and not is_image_space_channels_first(space):
+        raise ValueError(f"Images must come channels first, not as {space.shape}: VecTransposeImage.")
+    if not 0 < space.high.max() < 1e6:
+        raise ValueError(
+            f"CnnPolicy divides images by the upper bound of their space, which is {space.high.max()}; give the space "
+            "the bounds that the pixels have."
+        )
+    if batch_size < 2:
+        raise ValueError("CnnPolicy has batch norm and needs a batch_size of at least 2.")

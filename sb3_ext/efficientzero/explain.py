@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sb3_ext.efficientzero.masking import legal_actions
-from sb3_ext.efficientzero.search import Tree, principal_line
-
-if TYPE_CHECKING:
-    from sb3_ext.efficientzero.policies import EfficientZeroPolicy
+from sb3_ext.efficientzero.policies import EfficientZeroPolicy
+from sb3_ext.search.gumbel import Tree, principal_line
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
-
-from sb3_ext.efficientzero.prefix import Memory, ValuePrefix
 
 
 class Residual(nn.Module):
@@ -120,7 +121,7 @@ class MlpNetwork(LatentNetwork):
     :param features_extractor: what turns an observation into a vector, of SB3's kind; None: the flat observation,
         standardised
     :param normalize_images: give the features extractor images divided by 255
-    :param value_prefix: predict sums of rewards, see :class:`~sb3_ext.efficientzero.prefix.ValuePrefix`
+    :param value_prefix: predict sums of rewards, see :class:`~sb3_ext.efficientzero.networks.ValuePrefix`
     :param prefix_horizon: steps per sum
     :param prefix_size: units of the LSTM
     """
@@ -246,7 +247,7 @@ class CnnNetwork(LatentNetwork):
     :param head_channels: channels behind the heads' 1x1 convolution
     :param head_size: hidden units of the heads
     :param projection_size: hidden units of the heads of the self-supervised loss
-    :param value_prefix: predict sums of rewards, see :class:`~sb3_ext.efficientzero.prefix.ValuePrefix`
+    :param value_prefix: predict sums of rewards, see :class:`~sb3_ext.efficientzero.networks.ValuePrefix`
     :param prefix_horizon: steps per sum
     :param prefix_size: units of the LSTM
     :raises ValueError: if an image is smaller than the strides need
@@ -325,3 +326,101 @@ class CnnNetwork(LatentNetwork):
         """Logits of the value ``[B, support_size]``, and the policy ``[B, policy_size]``."""
         latent = self.trunk(latent)
         return self.value_head(latent), self.policy_head(latent)
+
+
+Memory = tuple[th.Tensor, th.Tensor]
+"""Hidden and cell state of the LSTM, ``[B, hidden]`` each."""
+
+
+class ValuePrefix(nn.Module):
+    """
+    Predict the undiscounted sum of rewards of the last steps with an LSTM over latent states (Ye et al., 2021,
+    https://arxiv.org/abs/2111.00210, section 4.2).
+
+    Every ``horizon`` steps from the root on, sum and memory begin anew.
+
+    :param features: latent states ``[B, ...]`` -> ``[B, size]``
+    :param size: features of the latent state
+    :param hidden: units of the LSTM
+    :param head: ``[B, hidden]`` -> ``[B, support_size]``
+    :param horizon: steps per sum
+    :raises ValueError: if the horizon is less than 1
+    """
+
+    def __init__(self, features: nn.Module, size: int, hidden: int, head: nn.Module, horizon: int) -> None:
+        super().__init__()
+        if horizon < 1:
+            raise ValueError(f"prefix_horizon must be at least 1, got {horizon}.")
+        self.horizon = horizon
+        self.features, self.lstm, self.head = features, nn.LSTMCell(size, hidden), head
+
+    def start(self, rows: int) -> Memory:
+        """Memory of roots: nothing."""
+        zeros = self.lstm.weight_hh.new_zeros(rows, self.lstm.hidden_size)
+        return zeros, zeros
+
+    def forward(self, latent: th.Tensor, memory: Memory) -> tuple[th.Tensor, Memory]:
+        """
+        One step.
+
+        :param latent: the state that the step leads to, ``[B, ...]``
+        :param memory: before it
+        :return: logits of the sum of rewards up to and with this step, ``[B, support_size]``, and the memory after it
+        """
+        hidden, cell = self.lstm(self.features(latent), memory)
+        return self.head(hidden), (hidden, cell)
+
+
+def start_parts(head: ValuePrefix, rows: int) -> tuple[th.Tensor, ...]:
+    """
+    What the search's embedding carries for value prefixes, at the root.
+
+    :param head: the reward head
+    :param rows: B
+    :return: hidden and cell state ``[B, hidden]``, the sum so far ``[B]``, and the steps in it ``[B]``
+    """
+    hidden, cell = head.start(rows)
+    return hidden, cell, hidden.new_zeros(rows), th.zeros(rows, dtype=th.int64, device=hidden.device)
+
+
+def step_parts(
+    reward: Callable[..., Any],
+    decode: Callable[[th.Tensor], th.Tensor],
+    latent: th.Tensor,
+    parts: tuple[th.Tensor, ...],
+    horizon: int,
+) -> tuple[th.Tensor, tuple[th.Tensor, ...]]:
+    """
+    Reward of one step of the search: the difference of two sums.
+
+    A child of a node in ``horizon``, ``2 horizon``, ... steps from the root begins with an empty memory and a sum of 0,
+    so a reward is never counted twice, however deep the tree is.
+
+    :param reward: latent states and memory -> logits and memory
+    :param decode: logits -> sums of rewards
+    :param latent: the state that the step leads to, ``[B, ...]``
+    :param parts: of the node above, see :func:`start_parts`
+    :param horizon: steps per sum
+    :return: rewards ``[B]``, and the parts of the new node
+    """
+    hidden, cell, before, steps = parts
+    logits, (hidden, cell) = reward(latent, (hidden, cell))
+    total = decode(logits)
+    steps = (steps + 1) % horizon
+    goes_on = steps > 0
+    kept = goes_on[:, None].to(hidden.dtype)
+    return total - before, (hidden * kept, cell * kept, th.where(goes_on, total, 0.0), steps)
+
+
+class Roots(NamedTuple):
+    """
+    What the network says of observations.
+
+    :param latent: latent states, ``[B, ...]``, tensor or numpy array
+    :param values: ``[B]``, in units of return
+    :param policy: output of the policy head, ``[B, policy_size]``
+    """
+
+    latent: Any
+    values: Any
+    policy: Any

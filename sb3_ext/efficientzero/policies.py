@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -14,20 +15,18 @@ from numpy.typing import NDArray
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
 from torch.nn import functional as F
 
-from sb3_ext.efficientzero.calls import Calls
-from sb3_ext.efficientzero.device_search import DeviceSearch
-from sb3_ext.efficientzero.fast import CHUNK
-from sb3_ext.efficientzero.fast_network import EPS, FastNetwork, Roots
+from sb3_ext.efficientzero.cpu import FastNetwork
 from sb3_ext.efficientzero.gaussian import INNER_ACTIONS, fixed_noise, inner_samples, root_samples, squashed_normal
 from sb3_ext.efficientzero.masking import MaskedPolicy
-from sb3_ext.efficientzero.meter import Rate
-from sb3_ext.efficientzero.networks import CnnNetwork, LatentNetwork, MlpNetwork
-from sb3_ext.efficientzero.prefix import start_parts, step_parts
-from sb3_ext.efficientzero.search import RecurrentOutput, SearchOutput, gumbel_search
-from sb3_ext.efficientzero.threads import blas_threads
+from sb3_ext.efficientzero.networks import CnnNetwork, LatentNetwork, MlpNetwork, Roots, start_parts, step_parts
 from sb3_ext.losses import inverse_value_transform, two_hot, value_transform
+from sb3_ext.search.gpu import DeviceSearch
+from sb3_ext.search.gumbel import RecurrentOutput, SearchOutput, gumbel_search
+from sb3_ext.search.mlp import CHUNK
+from sb3_ext.threads import blas_threads
 
 _CHUNK = 1 << 21
 """Numbers of observations encoded at once on a CPU: few enough for the caches, and for memory to be used again."""
@@ -145,7 +144,7 @@ class EfficientZeroPolicy(MaskedPolicy):
                 "normalize_images": normalize_images,
             }
         self.network: Any = self.network_class(observation_space, self.action_size, policy_size, support_size, **sizes)
-        end = float(value_transform(th.tensor(value_range), EPS))
+        end = float(value_transform(th.tensor(value_range)))
         self.support: th.Tensor
         self.register_buffer("support", th.linspace(-end, end, support_size), persistent=False)
         self._inner_noise: th.Tensor
@@ -191,7 +190,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         :param x: ``[...]``, in units of return
         :return: probabilities ``[..., support_size]``
         """
-        return two_hot(value_transform(x, EPS), self.support)
+        return two_hot(value_transform(x), self.support)
 
     def decode(self, logits: th.Tensor) -> th.Tensor:
         """
@@ -200,7 +199,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         :param logits: ``[..., support_size]``
         :return: ``[...]``, in units of return
         """
-        return inverse_value_transform(logits.float().softmax(-1) @ self.support, EPS)
+        return inverse_value_transform(logits.float().softmax(-1) @ self.support)
 
     def action_input(self, actions: th.Tensor) -> th.Tensor:
         """
@@ -346,8 +345,13 @@ class EfficientZeroPolicy(MaskedPolicy):
         if not plain or self.device.type != "cpu":
             return None
         if self._fast is None:
-            self._fast = FastNetwork(self)
-        self._fast.refresh()
+            self._fast = FastNetwork(
+                self.network,
+                self.support.numpy(),
+                self.action_size,
+                self.num_sampled_actions if not self.discrete else None,
+            )
+        self._fast.refresh(self.optimizer_steps)
         return self._fast
 
     def _count_optimizer_steps(self) -> None:
@@ -375,3 +379,76 @@ class CnnPolicy(EfficientZeroPolicy):
     """For images; see :class:`~sb3_ext.efficientzero.networks.CnnNetwork`."""
 
     network_class = CnnNetwork
+
+
+def _float(out: Any) -> Any:
+    """Tensors of a nested tuple as float32."""
+    if isinstance(out, tuple):
+        return tuple(_float(part) for part in out)
+    return out.float() if isinstance(out, th.Tensor) else out
+
+
+class Calls:
+    """
+    The functions of a network. Results are float32 in any case, so that nothing else need know of ``bf16``.
+
+    :param network: see :class:`~sb3_ext.efficientzero.networks.LatentNetwork`
+    :param torch_compile: compile each of them; it is done at the first call
+    :param bf16: run each of them in bfloat16 autocast
+    """
+
+    def __init__(self, network: Any, torch_compile: bool, bf16: bool) -> None:
+        self._options = torch_compile, bf16
+        self.represent = self._wrap(network.represent)
+        self.dynamics = self._wrap(network.dynamics)
+        self.predict = self._wrap(network.predict)
+        self.reward = self._wrap(network.reward)
+        self.projector = self._wrap(network.projector)
+        self.predictor = self._wrap(network.predictor)
+
+    def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        torch_compile, bf16 = self._options
+        # a module's own compile() would change how it is saved
+        function = function.forward if isinstance(function, nn.Module) and torch_compile else function
+        function = th.compile(function) if torch_compile else function
+        if not bf16:
+            return function
+
+        def call(first: th.Tensor, *rest: Any) -> Any:
+            with th.autocast(first.device.type, th.bfloat16):
+                out = function(first, *rest)
+            return _float(out)
+
+        return call
+
+
+class Rate:
+    """Things done, and the seconds that they took."""
+
+    def __init__(self) -> None:
+        self.done, self.seconds = 0, 0.0
+
+    @contextmanager
+    def measure(self, things: int) -> Iterator[None]:
+        """
+        Time a block.
+
+        :param things: how many it does
+        """
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+        self.done += things
+
+
+def flush_rate(*rates: Rate) -> float | None:
+    """
+    Read the common rate of several counters, and let them start anew.
+
+    :param rates: the counters
+    :return: things per second; None if nothing was done
+    """
+    done, seconds = sum(rate.done for rate in rates), sum(rate.seconds for rate in rates)
+    for rate in rates:
+        rate.done, rate.seconds = 0, 0.0
+    return done / seconds if done else None

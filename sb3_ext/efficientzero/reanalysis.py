@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from sb3_ext.efficientzero.fast_network import Roots
+from sb3_ext.efficientzero.networks import Roots
 from sb3_ext.efficientzero.policies import EfficientZeroPolicy
 from sb3_ext.efficientzero.replay import SearchMemo, SequenceSamples
 from sb3_ext.efficientzero.targets import masks, mix_values, n_step_values

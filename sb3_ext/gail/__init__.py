@@ -11,6 +11,6 @@ except ImportError as error:
 from sb3_ext.gail.demonstrations import load_trajectories
 from sb3_ext.gail.fixed_horizon import FixedHorizon
 from sb3_ext.gail.gail import GAIL
-from sb3_ext.gail.networks import NatureRewardNet
+from sb3_ext.gail.reward import NatureRewardNet
 
 __all__ = ["GAIL", "FixedHorizon", "NatureRewardNet", "load_trajectories"]

@@ -2,85 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import gymnasium as gym
 import torch as th
 from imitation.algorithms.adversarial.common import compute_train_stats
-from imitation.rewards.reward_nets import BasicRewardNet, RewardNet
-from imitation.util.networks import RunningNorm
+from imitation.rewards.reward_nets import RewardNet
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
-from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import spectral_norm as add_spectral_norm
 
-from sb3_ext.data.envs import is_frame_space
-from sb3_ext.gail.networks import NatureRewardNet
-
-RewardForm: TypeAlias = Callable[[th.Tensor], th.Tensor]
 Batch: TypeAlias = tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]
 """Observations, actions, next observations ``[B, ...]`` each, and whether the task ended ``[B]``."""
 
 SCORED_AT_ONCE = 2048
-
-REWARDS: dict[str, RewardForm] = {
-    "-log(1-D)": F.softplus,
-    "log(D)": F.logsigmoid,
-    "D": th.sigmoid,
-    "logit": lambda logits: logits,
-    "airl": lambda logits: logits,
-}
-"""Reward of a logit l, where D = sigmoid(l) is the probability that the expert acted."""
-
-
-def reward_form(reward: str | RewardForm) -> RewardForm:
-    """
-    Look a reward form up.
-
-    :param reward: its name, or a function from logits ``[B]`` to rewards ``[B]``
-    :return: the function
-    :raises ValueError: if there is none of that name
-    """
-    if callable(reward):
-        return reward
-    if reward not in REWARDS:
-        raise ValueError(f"There is no reward {reward!r}; choose one of {', '.join(map(repr, REWARDS))}.")
-    return REWARDS[reward]
-
-
-def make_reward_net(
-    observation_space: gym.Space[Any],
-    action_space: gym.Space[Any],
-    net_class: type[RewardNet] | None,
-    net_kwargs: dict[str, Any],
-    spectral_norm: bool,
-) -> RewardNet:
-    """
-    Build the network behind the discriminator.
-
-    :param observation_space: of the agent, pictures channel first
-    :param action_space: of the agent
-    :param net_class: a reward network of ``imitation``; default:
-        :class:`~sb3_ext.gail.networks.NatureRewardNet` for pictures, else ``BasicRewardNet`` with ``RunningNorm`` on
-        its input
-    :param net_kwargs: further arguments for it
-    :param spectral_norm: bound the Lipschitz constant of each layer by 1 (Miyato et al., 2018)
-    :return: the network
-    """
-    defaults: dict[str, Any] = {}
-    if net_class is None and is_frame_space(observation_space):
-        net_class = NatureRewardNet
-    elif net_class is None:
-        net_class, defaults = BasicRewardNet, {"normalize_input_layer": RunningNorm}
-    net = net_class(observation_space, action_space, **{**defaults, **net_kwargs})
-    if spectral_norm:
-        for module in net.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                add_spectral_norm(module)
-    return net
 
 
 class Discriminator:

@@ -19,9 +19,9 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_ext.data.envs import is_frame_space
-from sb3_ext.gail.absorbing import LOGIT_CLIP, AbsorbingStates
 from sb3_ext.gail.demonstrations import Demonstrations, DemonstrationsLike
-from sb3_ext.gail.discriminator import Discriminator, RewardForm, make_reward_net, reward_form
+from sb3_ext.gail.discriminator import Discriminator
+from sb3_ext.gail.reward import LOGIT_CLIP, AbsorbingStates, RewardForm, make_reward_net, reward_form
 from sb3_ext.gail.rollout import RolloutNotes
 
 
@@ -65,10 +65,10 @@ class GAIL(PPO):
         by 1, so it hardly tells good from very good. ``"logit"`` = l = log D - log(1 - D) is unbiased where D = 1/2.
         ``"airl"``: see above. Or a function from logits ``[B]`` to rewards ``[B]``
     :param absorbing: value what lies behind the end of an episode by how often the expert's episodes end (see
-        :class:`~sb3_ext.gail.absorbing.AbsorbingStates`); False leaves the bias of the reward form as it is, and
+        :class:`~sb3_ext.gail.reward.AbsorbingStates`); False leaves the bias of the reward form as it is, and
         an end is worth 0
     :param reward_net_class: a reward network of ``imitation``, channel first for pictures; default:
-        :class:`~sb3_ext.gail.networks.NatureRewardNet` for pictures, else ``BasicRewardNet``
+        :class:`~sb3_ext.gail.reward.NatureRewardNet` for pictures, else ``BasicRewardNet``
     :param reward_net_kwargs: further arguments for it, ``{"hid_sizes": (64, 64)}`` for instance
     :param disc_learning_rate: of the discriminator's Adam; a float or a schedule. Higher: a sharper, more restless
         reward

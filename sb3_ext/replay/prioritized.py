@@ -146,8 +146,8 @@ class PrioritizedReplayBuffer(ReplayBuffer, ReplayHooks):
         if self._watch:
             if self.n_steps > self.buffer_size:
                 raise ValueError(
-                    f"A buffer of {self.buffer_size} step cannot hold n_steps={self.n_steps}: it serves a model that only "
-                    "predicts. Load the model with a larger buffer_size to learn."
+                    f"A buffer of {self.buffer_size} step cannot hold n_steps={self.n_steps}: it serves a model that "
+                    "only predicts. Load the model with a larger buffer_size to learn."
                 )
             if self.full:
                 self.priorities.tree.fill(pos * self.n_envs, self.n_envs, 0.0)
@@ -237,7 +237,7 @@ class PrioritizedReplayBuffer(ReplayBuffer, ReplayHooks):
         else:
             last, rewards, discounts = self._n_step(indices, env)
         observations, next_observations = self.store.take(indices, last)
-        observations, actions, next_observations, dones, rewards, discounts, weights = to_device(
+        tensors = to_device(
             (
                 self._normalize_obs(observations, env),
                 self.actions.reshape(-1, self.action_dim).take(indices, axis=0),
@@ -249,9 +249,7 @@ class PrioritizedReplayBuffer(ReplayBuffer, ReplayHooks):
             ),
             self.device,
         )
-        return PrioritizedReplayBufferSamples(
-            observations, actions, next_observations, dones, rewards, discounts, weights, indices
-        )
+        return PrioritizedReplayBufferSamples._make((*tensors, indices))
 
     def weights(self, batch: PrioritizedReplayBufferSamples) -> th.Tensor:
         """See :meth:`~sb3_ext.replay.batch.ReplayHooks.weights`."""

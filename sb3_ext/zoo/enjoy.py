@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sb3_ext.zoo.config import Algo, ZooError, load_algo, one_line_errors
 from sb3_ext.zoo.runs import Run, find_run, list_runs, slug
 from sb3_ext.zoo.tasks import Task, check_env_id, find_task, is_atari, make_dataset_envs, make_envs
-from sb3_ext.zoo.train import check_spaces
+from sb3_ext.zoo.train import check_fits
 
 _INSTALL = 'pip install "sb3-ext[report]"'
 
@@ -60,7 +60,7 @@ def enjoy(args: argparse.Namespace, words: list[str]) -> None:
             else:
                 env = make_dataset_envs(task, render_mode=render_mode, **common)
         try:
-            check_spaces(model, env)
+            check_fits(model, env)
         except ZooError:
             env.close()
             raise

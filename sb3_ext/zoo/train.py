@@ -263,11 +263,11 @@ def _build_eval_env(
     like = model.observation_space
     env = make_envs(task.env, like=like, **kwargs) if task.env else make_dataset_envs(task, **kwargs)
     envs.callback(env.close)
-    check_spaces(model, env)
+    check_fits(model, env)
     return env
 
 
-def check_spaces(model: BaseAlgorithm, env: VecEnv) -> None:
+def check_fits(model: BaseAlgorithm, env: VecEnv) -> None:
     """
     Make sure that a model can play in an environment.
 

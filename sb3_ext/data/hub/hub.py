@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from minari.dataset.minari_dataset import DATASET_ID_RE
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from sb3_ext.data.card import draw_returns, write_card
 from sb3_ext.data.checks import DatasetError
 from sb3_ext.data.folders import (
     check_space,
@@ -24,7 +23,8 @@ from sb3_ext.data.folders import (
     replace_folder,
     write_file,
 )
-from sb3_ext.data.manifest import (
+from sb3_ext.data.hub.card import draw_returns, write_card
+from sb3_ext.data.hub.manifest import (
     CARD,
     MANIFEST,
     METADATA,
@@ -35,7 +35,7 @@ from sb3_ext.data.manifest import (
     matches,
     parse_manifest,
 )
-from sb3_ext.data.remotes import FolderRemote, NotPublished, Remote, open_remote
+from sb3_ext.data.hub.remotes import FolderRemote, NotPublished, Remote, open_remote
 from sb3_ext.data.source import DatasetLike, Source, open_source
 from sb3_ext.data.write import check_new_id
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from sb3_ext.efficientzero.kernels import (
+from sb3_ext.search.mlp_kernels import (
     ACT,
     ADD,
     ALPHA,
@@ -26,7 +26,7 @@ from sb3_ext.efficientzero.kernels import (
     Floats,
     expectations,
     forward,
-)  # fmt: skip
+)
 
 CHUNK = 256
 """Rows that go through all layers together, so that what one layer writes is in the cache for the next."""

@@ -19,11 +19,11 @@ from minari.dataset.minari_storage import MinariStorage
 from numpy.typing import NDArray
 
 from sb3_ext.data.checks import DatasetError
-from sb3_ext.data.engines import ENGINES, run_jobs
+from sb3_ext.data.dqn_replay.engines import ENGINES, run_jobs
+from sb3_ext.data.dqn_replay.log import STORES, StoreReader, read_store, store_name
+from sb3_ext.data.dqn_replay.plan import SUBSETS, Plan, make_plan
 from sb3_ext.data.envs import make_atari_env
 from sb3_ext.data.folders import ensure_namespace, full_disk, lock_folder, replace_folder, write_file
-from sb3_ext.data.replay_log import STORES, StoreReader, read_store, store_name
-from sb3_ext.data.replay_plan import SUBSETS, Plan, make_plan
 from sb3_ext.data.write import check_new_id, plain_spec, requirements, return_statistics
 
 _FORMAT = 1

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sb3_ext.data.checks import DatasetError
-from sb3_ext.data.replay_log import PADDING, STORES, StoreReader, read_store, store_name
+from sb3_ext.data.dqn_replay.log import PADDING, STORES, StoreReader, read_store, store_name
 
 SUBSETS = ("author", "episodes", "first", "uniform")
 WINDOW = 1000

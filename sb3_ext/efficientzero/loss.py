@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch as th
 
+from sb3_ext.cuda_graphs import RecordedLoss
 from sb3_ext.efficientzero.gaussian import log_prob, sampled_entropy
+from sb3_ext.efficientzero.policies import EfficientZeroPolicy
 from sb3_ext.efficientzero.reanalysis import Targets
 from sb3_ext.efficientzero.replay import SequenceSamples
 from sb3_ext.efficientzero.targets import masks, value_prefixes
 from sb3_ext.losses import LossOutput, cross_entropy, negative_cosine
 
-if TYPE_CHECKING:
-    from sb3_ext.efficientzero.efficientzero import EfficientZeroV2
+
+class LossModel(Protocol):
+    """What the loss needs of the algorithm."""
+
+    policy: EfficientZeroPolicy
+    recorded_loss: RecordedLoss
+    unroll_steps: int
+    reward_coef: float
+    value_coef: float
+    policy_coef: float
+    consistency_coef: float
+    ent_coef: float | None
+    cuda_graphs: bool
+    _n_updates: int
+
+    def augment(self, observations: th.Tensor) -> th.Tensor:
+        """Shift images and change their intensity at random."""
+        ...
 
 
 TERMS = ("value_target", "value_loss", "policy_loss", "reward_loss", "consistency_loss", "entropy")
@@ -51,7 +69,7 @@ class _Inputs(NamedTuple):
     inside: th.Tensor
 
 
-def unrolled_loss(model: EfficientZeroV2, batch: SequenceSamples, targets: Targets) -> LossOutput:
+def unrolled_loss(model: LossModel, batch: SequenceSamples, targets: Targets) -> LossOutput:
     """
     Losses of reward, value, policy and latent state over K steps of the model (Wang et al., 2024,
     https://arxiv.org/abs/2403.00564, eq. 2), divided by K.
@@ -76,8 +94,8 @@ def unrolled_loss(model: EfficientZeroV2, batch: SequenceSamples, targets: Targe
     return output
 
 
-def _inputs(model: EfficientZeroV2, batch: SequenceSamples, targets: Targets) -> _Inputs:
-    steps, device, head = model.unroll_steps, model.device, model.policy.network
+def _inputs(model: LossModel, batch: SequenceSamples, targets: Targets) -> _Inputs:
+    steps, device, head = model.unroll_steps, model.policy.device, model.policy.network
     gained = batch.rewards[:, :steps]
     policy_mask, value_mask, reward_mask = masks(batch.lengths, batch.terminated, steps)
     return _Inputs(
@@ -95,7 +113,7 @@ def _inputs(model: EfficientZeroV2, batch: SequenceSamples, targets: Targets) ->
     )
 
 
-def unroll(model: EfficientZeroV2, *tensors: th.Tensor) -> LossOutput:
+def unroll(model: LossModel, *tensors: th.Tensor) -> LossOutput:
     """
     The loss itself: tensors in, tensors out, and nothing that a CUDA graph could not record.
 
@@ -163,3 +181,37 @@ def _entropy(policy: th.Tensor, discrete: bool) -> th.Tensor:
         logs = policy.log_softmax(1)
         return -(logs.exp() * logs).sum(1)
     return sampled_entropy(policy)
+
+
+def random_shift(images: th.Tensor, pixels: int) -> th.Tensor:
+    """
+    Shift every image by up to so many pixels; edges are repeated. All planes of an image move together.
+
+    :param images: ``[B, C, H, W]``; bytes are the cheapest
+    :param pixels: largest shift along each axis, P
+    :return: ``[B, C, H, W]``
+    """
+    batch, planes, height, width = images.shape
+    p = pixels
+    padded = images.new_empty(batch, planes, height + 2 * p, width + 2 * p)
+    padded[:, :, p : p + height, p : p + width] = images
+    padded[:, :, :p] = padded[:, :, p : p + 1]
+    padded[:, :, p + height :] = padded[:, :, p + height - 1 : p + height]
+    padded[..., :p] = padded[..., p : p + 1]
+    padded[..., p + width :] = padded[..., p + width - 1 : p + width]
+    down, right = th.randint(2 * p + 1, (2, batch, 1), device=images.device).squeeze(2)
+    # [B, C, 2 P + 1, 2 P + 1, H, W]: a view of every shift
+    shifts = padded.unfold(2, height, 1).unfold(3, width, 1)
+    return shifts[th.arange(batch, device=images.device), :, down, right]
+
+
+def random_intensity(images: th.Tensor, scale: float) -> th.Tensor:
+    """
+    Multiply every image by ``1 + scale * clip(N(0, 1), -2, 2)``.
+
+    :param images: ``[B, C, H, W]``
+    :param scale: strength
+    :return: ``[B, C, H, W]``, float
+    """
+    noise = th.randn(len(images), 1, 1, 1, device=images.device).clamp(-2, 2)
+    return images.float() * (1 + scale * noise)  # bytes times floats takes four times as long on a CPU

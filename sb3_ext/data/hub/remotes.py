@@ -19,7 +19,7 @@ from urllib.request import url2pathname
 
 from sb3_ext.data.checks import DatasetError
 from sb3_ext.data.folders import FULL, check_space, full_disk, lock_folder, recover_folder, replace_folder
-from sb3_ext.data.manifest import MANIFEST
+from sb3_ext.data.hub.manifest import MANIFEST
 
 _NAMESPACE = "namespace_metadata.json"
 _KEPT = "What is done is kept; run it again to go on."

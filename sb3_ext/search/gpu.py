@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from sb3_ext.efficientzero.search import RecurrentOutput
+from sb3_ext.search.gumbel import RecurrentOutput
 
 Tensors = tuple[th.Tensor, ...]
 
@@ -30,7 +30,7 @@ def padded(rows: int) -> int:
 class DeviceSteps:
     """
     Network steps over latent states that stay on the GPU, recorded as one CUDA graph; a
-    :class:`~sb3_ext.efficientzero.search.Lane` of the search.
+    :class:`~sb3_ext.search.gumbel.Lane` of the search.
 
     One step reads the states of the nodes it starts from, runs the network and stores the new states; to and from the
     GPU go one array of row numbers and one of rewards, values and logits. Images are kept with their channels last. On
@@ -81,7 +81,7 @@ class DeviceSteps:
             pool[: self._batch] = _last(part[rows])
 
     def launch(self, sources: NDArray[np.int64], actions: NDArray[np.int64]) -> None:
-        """See :class:`~sb3_ext.efficientzero.search.Lane`."""
+        """See :class:`~sb3_ext.search.gumbel.Lane`."""
         self._node += 1
         read, slots, write = self._where_here
         nodes, roots = np.divmod(sources, self._batch)
@@ -98,7 +98,7 @@ class DeviceSteps:
             self._done.record()
 
     def collect(self) -> RecurrentOutput:
-        """See :class:`~sb3_ext.efficientzero.search.Lane`."""
+        """See :class:`~sb3_ext.search.gumbel.Lane`."""
         if self._graph is not None:
             self._done.synchronize()
         found = self._found_here[: self._batch]

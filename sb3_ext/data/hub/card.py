@@ -10,7 +10,7 @@ import yaml
 from gymnasium import spaces
 
 from sb3_ext.data.envs import is_frame_space
-from sb3_ext.data.manifest import PICTURE
+from sb3_ext.data.hub.manifest import PICTURE
 from sb3_ext.data.source import Source, env_spec
 from sb3_ext.data.write import return_statistics
 

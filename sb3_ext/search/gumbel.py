@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from sb3_ext.efficientzero.tree import FIELDS, NO_ACTION, NODE, PROBLEMS, ROW, Tree, finish, plant, step
+from sb3_ext.search.tree import FIELDS, NO_ACTION, NODE, PROBLEMS, ROW, Tree, finish, plant, step
 
 __all__ = ["Embedding", "RecurrentOutput", "SearchOutput", "Tree", "gumbel_search", "principal_line"]
 

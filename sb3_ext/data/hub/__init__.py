@@ -1,0 +1,1 @@
+"""Publishing and downloading datasets."""

@@ -1,0 +1,165 @@
+"""The rooms of the package: who may import what, how large they are, and that every name means one thing."""
+
+import ast
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HOUSE = ROOT / "sb3_ext"
+MODULES = sorted(HOUSE.rglob("*.py"))
+ROOMS, LINES = 12, 600
+
+PURE = {
+    "losses",
+    *(path.relative_to(HOUSE).with_suffix("").as_posix() for path in (HOUSE / "search").glob("*.py")),
+    *(f"replay/{name}" for name in ("sum_tree", "priorities", "frames", "batch")),
+    "efficientzero/targets",
+}
+"""Arrays and tensors only: no SB3, no Gymnasium, no dataset, no environment."""
+ARRAYS = {"numpy", "torch", "numba", "zstandard"}
+
+BELOW = {
+    "losses": set(),
+    "files": set(),
+    "normalize": set(),
+    "threads": set(),
+    "cuda_graphs": {"losses"},
+    "replay": set(),
+    "search": set(),
+    "data": {"replay", "files"},
+    "off_policy": {"replay", "files", "losses", "threads"},
+    "dqn": {"off_policy", "replay", "losses"},
+    "cql": {"dqn", "off_policy", "replay", "losses", "files", "normalize", "threads", "cuda_graphs", "data"},
+    "efficientzero": {
+        *("search", "off_policy", "replay", "losses", "files", "normalize", "threads", "cuda_graphs", "data"),
+    },
+    "gail": {"search", "off_policy", "replay", "losses", "files", "normalize", "threads", "data"},
+}
+"""What each part of the house may import besides itself."""
+
+LATE = {
+    # optional packages
+    *(
+        "PIL",
+        "ale_py",
+        "cv2",
+        "google",
+        "huggingface_hub",
+        "imageio",
+        "matplotlib",
+        "pygame",
+        "ray",
+        "pyarrow",
+        "requests",
+    ),
+    # packages that take long to start
+    *("stable_baselines3", "sb3_contrib", "torch", "minari", "tqdm", "sb3_ext"),
+}
+"""What a function may import by itself."""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(HOUSE).with_suffix("").as_posix()
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, str | None]]:
+    """Modules, and the name that is taken from each."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def ours(path: Path) -> set[str]:
+    """Modules of the house that a file imports, as paths."""
+    found = set()
+    for module, name in imported(ast.parse(path.read_text())):
+        parts = module.split(".")
+        if parts[0] != "sb3_ext":
+            continue
+        place = HOUSE.joinpath(*parts[1:])
+        if name and (place / f"{name}.py").exists():
+            found.add("/".join([*parts[1:], name]))
+        elif place.is_dir():
+            found.add("/".join([*parts[1:], "__init__"]))
+        else:
+            found.add("/".join(parts[1:]))
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_who_may_import_what(path: Path) -> None:
+    name = name_of(path)
+    part = name.split("/")[0]
+    roots = {module.split(".")[0] for module, _ in imported(ast.parse(path.read_text()))}
+    others = {found.split("/")[0] for found in ours(path)} - {part}
+    if name in PURE:
+        assert roots - set(sys.stdlib_module_names) <= ARRAYS | {"sb3_ext"}
+        assert {found for found in ours(path) if found not in PURE} == set()
+    if part != "gail":
+        assert "imitation" not in roots
+    if part in BELOW:
+        assert others <= BELOW[part]
+    elif part == "zoo":
+        assert {found for found in ours(path) if not found.startswith("zoo/")} <= {"__init__", "data/__init__"}
+    else:
+        assert name == "__init__"
+    assert "zoo" not in others
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_stand_at_the_top(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    late = {module.split(".")[0] for function in functions for module, _ in imported(function)}
+    assert late <= LATE
+
+
+def test_no_circles() -> None:
+    graph = {name_of(path): ours(path) for path in MODULES}
+    finished: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name not in finished:
+            for following in sorted(graph.get(name, ())):
+                visit(following, (*way, name))
+            finished.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_rooms_and_files_are_not_too_large() -> None:
+    rooms: dict[Path, int] = defaultdict(int)
+    for path in MODULES:
+        rooms[path.parent] += path.name != "__init__.py"
+    assert {str(folder): count for folder, count in rooms.items() if count > ROOMS} == {}
+    assert {name_of(p): n for p in MODULES if (n := len(p.read_text().splitlines())) > LINES} == {}
+    assert not (ROOT / "datasets" / "__init__.py").exists()  # imitation imports a package of that name
+
+
+def test_a_name_means_one_thing() -> None:
+    homes: dict[str, list[str]] = defaultdict(list)
+    for path in MODULES:
+        if path.name == "__init__.py":
+            continue
+        # a package, and the module in it that has its name, are one thing; so are the parts of one command
+        homes[f"module {path.stem}"].append(name_of(path))
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                homes[f"{type(node).__name__} {node.name}"].append(name_of(path))
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
+def test_scripts_use_public_names_only() -> None:
+    for folder in ("examples", "datasets", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            modules = {module for module, _ in imported(ast.parse(path.read_text())) if module.startswith("sb3_ext")}
+            assert {m for m in modules if m.count(".") > 1} == set(), path

@@ -23,7 +23,7 @@ from efficientzero_learning import TASKS
 from per_learning import make_env
 
 from sb3_ext import EfficientZeroV2
-from sb3_ext.efficientzero.replay import SequenceReplayBuffer
+from sb3_ext.efficientzero import SequenceReplayBuffer
 
 OUT = Path(__file__).parent / "results" / "speed" / "efficientzero_memo.json"
 CASES = (("cartpole", 2_000, 100), ("cartpole", 20_000, 100), ("minatar", 20_000, 100), ("minatar", 20_000, 400))

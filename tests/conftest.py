@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gymnasium as gym
 import minari
-import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
@@ -25,6 +24,7 @@ from minari.dataset.minari_storage import MinariStorage
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from sb3_ext.data import make_atari_env, record
+from tests.helpers import MakeDataset
 
 th.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -60,17 +60,6 @@ def cartpole(session_folders: None) -> minari.MinariDataset:
 def breakout(session_folders: None) -> minari.MinariDataset:
     """About 700 random steps of Breakout in four games; single [84, 84] frames, lossless, sticky actions."""
     return record(None, make_atari_env("Breakout"), "atari/breakout/random-v0", n_episodes=4)
-
-
-def flags(steps: int, terminated: bool | None) -> dict[str, Any]:
-    """Termination and truncation flags of an episode; None: neither at the end, as if it was cut."""
-    terminations, truncations = np.zeros(steps, bool), np.zeros(steps, bool)
-    if terminated is not None:
-        (terminations if terminated else truncations)[-1:] = True
-    return {"terminations": terminations, "truncations": truncations}
-
-
-MakeDataset = Callable[..., minari.MinariDataset]
 
 
 @pytest.fixture

@@ -75,24 +75,3 @@ def test_gap_by_hand() -> None:
 def test_gap_is_cross_entropy() -> None:
     q, a = th.randn(5, 4), th.randint(0, 4, (5,))
     assert th.allclose(conservative_gap(q, a), th.nn.functional.cross_entropy(q, a, reduction="none"))
-
-
-def published_loss(
-    quantiles: np.ndarray, next_quantiles: np.ndarray, actions: np.ndarray, rewards: np.ndarray, dones: np.ndarray,
-    gamma: float, alpha: float,
-) -> float:  # fmt: skip
-    """QR-DQN + CQL(H) of the authors' Atari code, element by element in float64; quantiles are ``[B, N, A]``."""
-    total = 0.0
-    batch, n, _ = quantiles.shape
-    for b in range(batch):
-        best = int(np.argmax([next_quantiles[b, :, a].mean() for a in range(next_quantiles.shape[2])]))
-        target = rewards[b] + gamma * (1 - dones[b]) * next_quantiles[b, :, best]
-        td = 0.0
-        for i in range(n):
-            for y in target:
-                u = y - quantiles[b, i, actions[b]]
-                huber = 0.5 * u * u if abs(u) <= 1 else abs(u) - 0.5
-                td += abs((i + 0.5) / n - (u < 0)) * huber / n
-        q = quantiles[b].mean(axis=0)
-        total += td + alpha * (np.log(np.exp(q).sum()) - q[actions[b]])
-    return total / batch

@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 
-_LATER = {"load_minari": "minari", "make_eval_env": "minari"}
+_LATER = {"load_minari": "load", "make_eval_env": "load"}
 
 
 def __getattr__(name: str) -> Any:

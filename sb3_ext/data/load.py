@@ -26,7 +26,8 @@ from sb3_ext.data.envs import StackFrames, is_frame_space, stacked_space, to_cha
 from sb3_ext.data.source import DatasetLike, Source, env_spec, open_source
 from sb3_ext.data.write import return_statistics
 from sb3_ext.replay.dataset import OfflineReplayBuffer, PrioritizedOfflineReplayBuffer
-from sb3_ext.replay.frames import DeviceFrames, FrameStore, split_stacks
+from sb3_ext.replay.device import DeviceFrames
+from sb3_ext.replay.frames import FrameStore, split_stacks
 
 __all__ = ["STORAGES", "DatasetLike", "choose_episodes", "default_frame_stack", "load_minari", "make_eval_env"]
 

@@ -32,7 +32,7 @@ from sb3_ext.replay.frames import unpack_frames
 _FORMATS = ("arrow", "hdf5", "parquet")
 _OBSERVERS = (
     "sb3_ext.data.record:EpisodeRecorder",
-    "sb3_ext.data.replay_log:ReplayLogger",
+    "sb3_ext.data.dqn_replay.log:ReplayLogger",
     "stable_baselines3.common.monitor:Monitor",
 )
 """Wrappers that change nothing, so that the dataset's environment needs none of them."""

@@ -16,9 +16,10 @@ from sb3_ext.data.checks import DatasetError, check_same_actions, frames_per_obs
 from sb3_ext.data.envs import to_channel_first
 from sb3_ext.data.load import DatasetLike
 from sb3_ext.data.source import open_source
+from sb3_ext.replay.device import DeviceRings
 from sb3_ext.replay.frames import ArrayFrames, gather_stacks
 from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
-from sb3_ext.replay.rings import DeviceRings, DictStore, RingStore
+from sb3_ext.replay.rings import DictStore, RingStore
 
 
 class SequenceSamples(NamedTuple):

@@ -5,15 +5,11 @@ from __future__ import annotations
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-import torch as th
 import zstandard
 from numpy.typing import NDArray
 
 BLOCK = 16
 """Frames per compressed block: neighbours share most pixels, and a stack of four touches at most two blocks."""
-
-_CHUNK = 4096
-"""Frames copied to a device at once."""
 
 
 class FrameStore(Protocol):
@@ -262,48 +258,3 @@ def split_stacks(observations: NDArray[Any], n_frames: int) -> tuple[NDArray[Any
         zeros for zeros, frame in ((True, np.zeros_like(newest[0])), (False, newest[0])) if (padding == frame).all()
     )
     return (newest, fits) if fits else None
-
-
-class DeviceFrames:
-    """
-    Frames on a device, with a frame of zeros in row ``blank``; a :class:`FrameStore` that gives tensors.
-
-    :param count: frames, N
-    :param shape: of a frame
-    :param dtype: of a frame
-    :param device: where they lie
-    """
-
-    def __init__(self, count: int, shape: tuple[int, ...], dtype: np.dtype[Any], device: th.device) -> None:
-        self.shape, self.dtype, self.blank = shape, dtype, count
-        self._frames = th.zeros((count + 1, *shape), dtype=th.from_numpy(np.empty(0, dtype)).dtype, device=device)
-
-    @classmethod
-    def copy_of(cls, frames: FrameStore, device: th.device) -> DeviceFrames:
-        """
-        Copy all frames of a store to a device.
-
-        :param frames: the store
-        :param device: where to
-        :return: the copy
-        """
-        copy = cls(len(frames), frames.shape, frames.dtype, device)
-        for start in range(0, len(frames), _CHUNK):
-            copy.write(start, frames.take(np.arange(start, min(start + _CHUNK, len(frames)))))
-        return copy
-
-    def __len__(self) -> int:
-        return self.blank
-
-    def write(self, row: int, frames: NDArray[Any]) -> None:
-        """
-        Copy neighbours in.
-
-        :param row: of the first of them
-        :param frames: ``[n, *shape]``
-        """
-        self._frames[row : row + len(frames)] = th.from_numpy(frames)
-
-    def take(self, rows: NDArray[np.int64]) -> th.Tensor:
-        """See :meth:`FrameStore.take`."""
-        return self._frames[th.from_numpy(rows).to(self._frames.device)]

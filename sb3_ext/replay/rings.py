@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch as th
 from gymnasium import spaces
 from numba import njit
 from numpy.typing import NDArray
 from stable_baselines3.common.preprocessing import get_obs_shape, is_image_space
-
-from sb3_ext.replay.frames import DeviceFrames
 
 _SLACK = 0.02
 """Share of rows that a ring has beyond its transitions, for the frames before each episode's first step."""
@@ -255,46 +252,6 @@ class RingStore:
     @property
     def _bytes(self) -> NDArray[np.uint8]:
         return self.frames.reshape(*self.frames.shape[:2], -1).view(np.uint8)
-
-
-class DeviceRings:
-    """
-    A copy of a ring store's frames on a device, brought up to date when windows are drawn: a batch of image stacks
-    never crosses the bus.
-
-    It takes as much memory there as the store has here: 0.7 GB for 100,000 frames of 84x84.
-
-    :param store: the frames
-    :param device: where the copy lies
-    """
-
-    def __init__(self, store: RingStore, device: th.device) -> None:
-        n_envs, n_rows, *shape = store.frames.shape
-        self._store, self._copied = store, np.zeros(n_envs, np.int64)
-        self._frames = DeviceFrames(n_envs * n_rows, tuple(shape), store.frames.dtype, device)
-
-    def take_windows(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> th.Tensor:
-        """
-        Copy windows of observations out; see :meth:`RingStore.take_windows`.
-
-        :param indices: transitions whose observations come first, ``[B]``
-        :param last: transitions whose next observations follow, ``[B, L]``
-        :return: ``[B, L + 1, *shape]``, on the device
-        """
-        self._update()
-        stacks = self._frames.take(self._store.window_rows(indices, last))  # [B, L + 1, k, C, ...]
-        return stacks.flatten(2, 3)
-
-    def _update(self) -> None:
-        n_rows = self._store.frames.shape[1]
-        for env, written in enumerate(self._store.written.tolist()):
-            start = max(int(self._copied[env]), written - n_rows)
-            while start < written:  # twice where the ring begins anew
-                row = start % n_rows
-                count = min(written - start, n_rows - row)
-                self._frames.write(env * n_rows + row, self._store.frames[env, row : row + count])
-                start += count
-            self._copied[env] = written
 
 
 @njit(cache=True)

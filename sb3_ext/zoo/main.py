@@ -132,7 +132,7 @@ def _add_looks(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
     def add(name: str, help_text: str) -> argparse.ArgumentParser:
         parser = verbs.add_parser(name, help=help_text, allow_abbrev=False)
-        parser.set_defaults(function=_verb("look", {"list": "list_"}.get(name, name)), verbose=1)
+        parser.set_defaults(function=_verb("data", {"list": "list_"}.get(name, name)), verbose=1)
         if name != "list":
             parser.add_argument("dataset", metavar="DATASET", help="id or path of a Minari dataset")
         return parser
@@ -155,7 +155,7 @@ def _add_publish(parser: argparse.ArgumentParser) -> None:
     add("--to", required=True, metavar="PLACE", help="hf://user, hf://user/repository, gs://bucket/folder or a folder")
     add("--token", help="access token (default: HF_TOKEN or `hf auth login`); for gs:// the path of a key file")
     add("--overwrite", action="store_true", help="replace the dataset that is there")
-    parser.set_defaults(function=_verb("hub", "publish_command"), verbose=1)
+    parser.set_defaults(function=_verb("data", "publish_command"), verbose=1)
 
 
 def _add_download(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +163,7 @@ def _add_download(parser: argparse.ArgumentParser) -> None:
     add("address", metavar="ADDRESS", help="hf://user/namespace/name-v0, or a gs:// or file:// address, or a folder")
     add("--token", help="access token (default: HF_TOKEN or `hf auth login`); for gs:// the path of a key file")
     add("--overwrite", action="store_true", help="replace a dataset of the same id")
-    parser.set_defaults(function=_verb("hub", "download_command"), verbose=1)
+    parser.set_defaults(function=_verb("data", "download_command"), verbose=1)
 
 
 def build_parser() -> argparse.ArgumentParser:

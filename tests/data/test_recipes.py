@@ -11,7 +11,7 @@ import pytest
 
 from sb3_ext.data import convert_dqn_replay, verify_dataset
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_ext import EfficientZeroV2
 from sb3_ext.data import StackFrames, make_atari_env
 from sb3_ext.efficientzero.replay import SequenceReplayBuffer
-from tests.test_efficientzero import SMALL, TINY_CNN
+from tests.helpers import SMALL, TINY_CNN
 
 STEPS, MORE = 60, 24
 
@@ -92,7 +92,7 @@ def test_a_new_environment_begins_anew(tmp_path: Path) -> None:
     whole.learn(MORE, reset_num_timesteps=False)
     script = (
         "import sys; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
-        "from tests.test_resume import TASKS, go_on, save\n"
+        "from tests.efficientzero.test_resume import TASKS, go_on, save\n"
         "folder = Path(sys.argv[1]); (folder / 'later').mkdir()\n"
         "save(go_on(folder, TASKS['CartPole-v1'][0]()), folder / 'later')"
     )

@@ -24,7 +24,7 @@ from sb3_ext.data.load import choose_episodes
 from sb3_ext.data.source import open_source
 from sb3_ext.replay.dataset import OfflineReplayBuffer
 from tests import reference
-from tests.conftest import MakeDataset, flags
+from tests.helpers import MakeDataset, flags
 
 SHAPES = {
     "vector": ((3,), "vector"),

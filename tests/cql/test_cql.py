@@ -25,8 +25,7 @@ from sb3_ext.cql.support import OfflineProgressBar
 from sb3_ext.data import DatasetError
 from sb3_ext.replay.dataset import OfflineReplayBuffer
 from sb3_ext.replay.frames import ArrayFrames
-from tests.conftest import MakeDataset, flags
-from tests.test_losses import published_loss
+from tests.helpers import MakeDataset, flags, published_loss
 
 SMALL: dict[str, Any] = {"net_arch": [16], "n_quantiles": 10}
 

@@ -30,17 +30,7 @@ from sb3_ext.efficientzero.policies import CnnPolicy, MlpPolicy
 from sb3_ext.efficientzero.replay import SequenceReplayBuffer
 from sb3_ext.efficientzero.targets import masks, mix_values, n_step_values
 from sb3_ext.losses import cross_entropy, inverse_value_transform, negative_cosine, two_hot, value_transform
-
-SMALL: dict[str, Any] = {
-    "learning_starts": 20,
-    "batch_size": 8,
-    "num_simulations": 4,
-    "buffer_size": 500,
-    "device": "cpu",
-    "policy_kwargs": {"network_kwargs": {"latent_size": 16, "projection_size": 16}},
-}
-TINY_CNN = {"network_kwargs": {"channels": 8, "head_channels": 4, "head_size": 8, "projection_size": 16}}
-
+from tests.helpers import SMALL, TINY_CNN, fill, randomize
 
 # --- transforms
 
@@ -122,28 +112,6 @@ def test_masks_by_hand() -> None:
 
 
 # --- windows
-
-
-def fill(n_envs: int, steps: int, size: int = 64, length: int = 4) -> tuple[SequenceReplayBuffer, list[list[Any]]]:
-    """A buffer of numbered observations, and the episodes that went in, per environment."""
-    space, actions = spaces.Box(-np.inf, np.inf, (2,)), spaces.Discrete(3)
-    buffer = SequenceReplayBuffer(size, space, actions, "cpu", n_envs, length=length)
-    rng = np.random.default_rng(0)
-    episodes: list[list[Any]] = [[] for _ in range(n_envs)]
-    obs = rng.normal(size=(n_envs, 2)).astype(np.float32)
-    for _ in range(steps):
-        action, reward = rng.integers(3, size=(n_envs, 1)), rng.normal(size=n_envs)
-        done, cut = rng.random(n_envs) < 0.25, rng.random(n_envs) < 0.5
-        following = rng.normal(size=(n_envs, 2)).astype(np.float32)
-        infos = [{"TimeLimit.truncated": bool(d and c)} for d, c in zip(done, cut, strict=True)]
-        buffer.add(obs, following, action, reward, done, infos)
-        for env in range(n_envs):
-            episodes[env].append(
-                (obs[env], action[env], reward[env], following[env], done[env], done[env] and not cut[env])
-            )
-        fresh = rng.normal(size=(n_envs, 2)).astype(np.float32)
-        obs = np.where(done[:, None], fresh, following)
-    return buffer, episodes
 
 
 @pytest.mark.parametrize(("n_envs", "steps"), [(1, 20), (1, 150), (2, 100)])
@@ -229,13 +197,6 @@ def test_paper_network_has_the_papers_size() -> None:
 
 def make_policy(action_space: spaces.Space[Any], **kwargs: Any) -> MlpPolicy:
     return MlpPolicy(spaces.Box(-1, 1, (4,)), action_space, lambda _: 1e-3, num_simulations=8, **kwargs)
-
-
-def randomize(policy: MlpPolicy) -> None:
-    """Heads start at zero: give them something to say."""
-    with th.no_grad():
-        for parameter in policy.parameters():
-            parameter.copy_(th.randn_like(parameter) * 0.2)
 
 
 @pytest.mark.parametrize("actions", [spaces.Discrete(3), spaces.Box(-1, 1, (2,))])

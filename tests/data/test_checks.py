@@ -17,7 +17,7 @@ from gymnasium import spaces
 from sb3_ext.data import DatasetError, load_minari, make_eval_env, verify_dataset
 from sb3_ext.data.checks import check_episode, frames_per_observation
 from sb3_ext.data.source import open_source
-from tests.conftest import MakeDataset, flags
+from tests.helpers import MakeDataset, flags
 
 SPACE = spaces.Box(-np.inf, np.inf, (2,), np.float32)
 

@@ -286,11 +286,11 @@ def start(root: Path) -> subprocess.Popen[bytes]:
     code = f"""
 import gymnasium as gym
 from sb3_ext.data import convert_dqn_replay
-from tests.test_dqn_replay import Pixels
+from tests.data.test_dqn_replay import Pixels
 gym.register("LogPixels-v0", entry_point=Pixels, disable_env_checker=True)
 convert_dqn_replay({str(root)!r}, "log/game-v0", game="Game", env=gym.make("LogPixels-v0"))
 """
-    return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from sb3_ext import load_minari, record
 from sb3_ext.data import DatasetError, download, publish
 from sb3_ext.data.hub.manifest import Manifest, describe, parse_manifest
 from sb3_ext.zoo.main import main
-from tests.hub_server import TOKEN, Hub
+from tests.data.hub_server import TOKEN, Hub
 
 ID = "cartpole/tiny-v0"
 HERE = f"hf://me/{ID}"
@@ -689,7 +689,7 @@ def test_kills_at_random_times(on_hub: Hub, tiny: minari.MinariDataset, place: P
     on_hub.delay = 0.002
     rng = random.Random(0)
     command = [sys.executable, "-W", "ignore", "-c", KILLED]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     with subprocess.Popen(command, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
         assert parent.stdin
         assert parent.stdout

@@ -18,7 +18,7 @@ from sb3_ext.efficientzero.loss import unrolled_loss
 from sb3_ext.efficientzero.policies import Rate, flush_rate
 from sb3_ext.efficientzero.replay import SequenceReplayBuffer
 from sb3_ext.search.gumbel import gumbel_search
-from tests.test_efficientzero import SMALL, TINY_CNN
+from tests.helpers import SMALL, TINY_CNN
 
 
 class Pictures(gym.Env[Any, Any]):

@@ -19,7 +19,7 @@ from sb3_ext.data.show import _read_one, picture
 from sb3_ext.data.source import open_source
 from sb3_ext.data.verify import action_coverage, judge, neighbours_agree, room_above
 from sb3_ext.zoo.main import main
-from tests.conftest import MakeDataset, flags
+from tests.helpers import MakeDataset, flags
 
 VECTOR = spaces.Box(-10, 10, (2,), np.float32)
 

@@ -36,8 +36,7 @@ from sb3_ext.gail import GAIL, FixedHorizon, load_trajectories
 from sb3_ext.gail.demonstrations import Demonstrations
 from sb3_ext.gail.discriminator import Discriminator
 from sb3_ext.gail.reward import LOGIT_CLIP, REWARDS, AbsorbingStates, make_reward_net
-
-from .conftest import MakeDataset, flags
+from tests.helpers import MakeDataset, flags
 
 CARTPOLE = gym.make("CartPole-v1")
 SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "disc_batch_size": 64, "device": "cpu"}

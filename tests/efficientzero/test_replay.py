@@ -13,8 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_ext import EfficientZeroV2
 from sb3_ext.efficientzero.replay import SearchMemo, SequenceReplayBuffer
 from sb3_ext.efficientzero.targets import masks
-from tests.test_efficientzero import SMALL, fill, randomize
-from tests.test_masks import Masked
+from tests.helpers import SMALL, Masked, fill, randomize
 
 
 def collect(env: Any, **kwargs: Any) -> tuple[EfficientZeroV2, SequenceReplayBuffer]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from gymnasium import spaces
 from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from stable_baselines3.common.env_util import make_vec_env
@@ -16,36 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ext import EfficientZeroV2
 from sb3_ext.efficientzero.replay import SequenceReplayBuffer
-from tests.test_efficientzero import SMALL, randomize
-
-N = 5
-
-
-class Masked(gym.Env[Any, Any]):
-    """Walks in a circle of states; in state s only s and s + 1 (modulo N) are legal. An illegal action is an error."""
-
-    def __init__(self, dead_at: int = -1) -> None:
-        self.observation_space, self.action_space = spaces.Box(0, 1, (N,)), spaces.Discrete(N)
-        self.dead_at, self.state, self.steps = dead_at, 0, 0
-
-    def _observe(self) -> Any:
-        return np.eye(N, dtype=np.float32)[self.state]
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        self.state, self.steps = 0, 0
-        return self._observe(), {}
-
-    def step(self, action: Any) -> Any:
-        assert self.action_masks()[action], f"{action} in state {self.state}"
-        self.steps += 1
-        self.state = (self.state + 1 + int(action == self.state)) % N
-        return self._observe(), float(action == self.state), self.steps == 9, self.steps == 7, {}
-
-    def action_masks(self) -> Any:
-        legal = np.zeros(N, bool)
-        legal[[self.state, (self.state + 1) % N]] = self.steps != self.dead_at
-        return legal
+from tests.helpers import SMALL, Masked, N, randomize
 
 
 def states(observations: Any) -> Any:

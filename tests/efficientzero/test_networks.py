@@ -17,8 +17,8 @@ from sb3_ext.efficientzero.policies import CnnPolicy, EfficientZeroPolicy, MlpPo
 from sb3_ext.efficientzero.replay import SequenceReplayBuffer
 from sb3_ext.efficientzero.targets import value_prefixes
 from sb3_ext.search.gumbel import RecurrentOutput, gumbel_search
+from tests.helpers import SMALL, TINY_CNN, randomize
 from tests.reference import Node, SlowSearch
-from tests.test_efficientzero import SMALL, TINY_CNN, randomize
 
 PREFIX = {"network_kwargs": {"latent_size": 8, "projection_size": 8, "value_prefix": True, "prefix_size": 6}}
 

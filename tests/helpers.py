@@ -1,0 +1,119 @@
+"""Parts that several tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch as th
+from gymnasium import spaces
+
+from sb3_ext.efficientzero.policies import MlpPolicy
+from sb3_ext.efficientzero.replay import SequenceReplayBuffer
+
+
+def flags(steps: int, terminated: bool | None) -> dict[str, Any]:
+    """Termination and truncation flags of an episode; None: neither at the end, as if it was cut."""
+    terminations, truncations = np.zeros(steps, bool), np.zeros(steps, bool)
+    if terminated is not None:
+        (terminations if terminated else truncations)[-1:] = True
+    return {"terminations": terminations, "truncations": truncations}
+
+
+MakeDataset = Callable[..., minari.MinariDataset]
+
+
+SMALL: dict[str, Any] = {
+    "learning_starts": 20,
+    "batch_size": 8,
+    "num_simulations": 4,
+    "buffer_size": 500,
+    "device": "cpu",
+    "policy_kwargs": {"network_kwargs": {"latent_size": 16, "projection_size": 16}},
+}
+
+
+TINY_CNN = {"network_kwargs": {"channels": 8, "head_channels": 4, "head_size": 8, "projection_size": 16}}
+
+
+def fill(n_envs: int, steps: int, size: int = 64, length: int = 4) -> tuple[SequenceReplayBuffer, list[list[Any]]]:
+    """A buffer of numbered observations, and the episodes that went in, per environment."""
+    space, actions = spaces.Box(-np.inf, np.inf, (2,)), spaces.Discrete(3)
+    buffer = SequenceReplayBuffer(size, space, actions, "cpu", n_envs, length=length)
+    rng = np.random.default_rng(0)
+    episodes: list[list[Any]] = [[] for _ in range(n_envs)]
+    obs = rng.normal(size=(n_envs, 2)).astype(np.float32)
+    for _ in range(steps):
+        action, reward = rng.integers(3, size=(n_envs, 1)), rng.normal(size=n_envs)
+        done, cut = rng.random(n_envs) < 0.25, rng.random(n_envs) < 0.5
+        following = rng.normal(size=(n_envs, 2)).astype(np.float32)
+        infos = [{"TimeLimit.truncated": bool(d and c)} for d, c in zip(done, cut, strict=True)]
+        buffer.add(obs, following, action, reward, done, infos)
+        for env in range(n_envs):
+            episodes[env].append(
+                (obs[env], action[env], reward[env], following[env], done[env], done[env] and not cut[env])
+            )
+        fresh = rng.normal(size=(n_envs, 2)).astype(np.float32)
+        obs = np.where(done[:, None], fresh, following)
+    return buffer, episodes
+
+
+def randomize(policy: MlpPolicy) -> None:
+    """Heads start at zero: give them something to say."""
+    with th.no_grad():
+        for parameter in policy.parameters():
+            parameter.copy_(th.randn_like(parameter) * 0.2)
+
+
+N = 5
+
+
+class Masked(gym.Env[Any, Any]):
+    """Walks in a circle of states; in state s only s and s + 1 (modulo N) are legal. An illegal action is an error."""
+
+    def __init__(self, dead_at: int = -1) -> None:
+        self.observation_space, self.action_space = spaces.Box(0, 1, (N,)), spaces.Discrete(N)
+        self.dead_at, self.state, self.steps = dead_at, 0, 0
+
+    def _observe(self) -> Any:
+        return np.eye(N, dtype=np.float32)[self.state]
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.state, self.steps = 0, 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> Any:
+        assert self.action_masks()[action], f"{action} in state {self.state}"
+        self.steps += 1
+        self.state = (self.state + 1 + int(action == self.state)) % N
+        return self._observe(), float(action == self.state), self.steps == 9, self.steps == 7, {}
+
+    def action_masks(self) -> Any:
+        legal = np.zeros(N, bool)
+        legal[[self.state, (self.state + 1) % N]] = self.steps != self.dead_at
+        return legal
+
+
+def published_loss(
+    quantiles: np.ndarray, next_quantiles: np.ndarray, actions: np.ndarray, rewards: np.ndarray, dones: np.ndarray,
+    gamma: float, alpha: float,
+) -> float:  # fmt: skip
+    """QR-DQN + CQL(H) of the authors' Atari code, element by element in float64; quantiles are ``[B, N, A]``."""
+    total = 0.0
+    batch, n, _ = quantiles.shape
+    for b in range(batch):
+        best = int(np.argmax([next_quantiles[b, :, a].mean() for a in range(next_quantiles.shape[2])]))
+        target = rewards[b] + gamma * (1 - dones[b]) * next_quantiles[b, :, best]
+        td = 0.0
+        for i in range(n):
+            for y in target:
+                u = y - quantiles[b, i, actions[b]]
+                huber = 0.5 * u * u if abs(u) <= 1 else abs(u) - 0.5
+                td += abs((i + 0.5) / n - (u < 0)) * huber / n
+        q = quantiles[b].mean(axis=0)
+        total += td + alpha * (np.log(np.exp(q).sum()) - q[actions[b]])
+    return total / batch

@@ -160,6 +160,7 @@ def test_a_name_means_one_thing() -> None:
 
 PARTS = {
     "cliffwalk.py": {"sb3_ext.replay.priorities"},
+    "per_workers.py": {"sb3_ext.replay.priorities", "sb3_ext.replay.sum_tree"},
     "efficientzero_atari.py": {"sb3_ext.search.gpu", "sb3_ext.zoo.config", "sb3_ext.zoo.tasks"},
 }
 """Parts of the house that a benchmark measures by themselves."""

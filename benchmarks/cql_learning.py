@@ -194,6 +194,9 @@ def run(
     kwargs = {**settings["common"], **({} if algo == "bc" else settings["cql"]), **overrides}
     if algo == "qrdqn":
         kwargs["cql_alpha"] = 0.0
+    if algo == "bc":  # its policy is PPO's, with logits instead of quantiles
+        given = kwargs.get("policy_kwargs", {})
+        kwargs["policy_kwargs"] = {key: value for key, value in given.items() if key != "n_quantiles"}
     curve: list[dict[str, Any]] = []
     kind = BC if algo == "bc" else CQL
     if (state / "model.zip").exists():

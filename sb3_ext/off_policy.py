@@ -6,18 +6,20 @@ import io
 import pathlib
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 
-from sb3_ext.files import atomic_path
 from sb3_ext.losses import LossOutput
 from sb3_ext.replay.batch import ReplayHooks, hooks_of
 from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
+from sb3_ext.saving import save_whole
 
 _GPU_CHECK_EVERY = 100
 """Gradient steps between looks at the loss on a GPU, because each look waits for the GPU."""
@@ -56,6 +58,39 @@ class MetricMeans:
         return means
 
 
+def minimise(
+    policy: BasePolicy, output: LossOutput, weights: th.Tensor | None, max_grad_norm: float | None, update: int
+) -> th.Tensor:
+    """
+    One gradient step on the mean over the batch of ``weights * loss``; the only place that reduces over the batch.
+
+    :param policy: has the parameters and their optimizer
+    :param output: per-sample losses
+    :param weights: importance weights, ``[B, 1]``; None: 1
+    :param max_grad_norm: largest norm of the gradient; None: no clipping
+    :param update: number of the step, for the message
+    :return: the mean, 0-dim
+    :raises FloatingPointError: if it is NaN or infinite, before the step is taken (on a GPU it is looked at every 100
+        steps only)
+    """
+    weights = None if weights is None else weights.reshape(-1)
+    loss = (output.loss if weights is None else output.loss * weights).mean()
+    if (loss.device.type == "cpu" or update % _GPU_CHECK_EVERY == 0) and not th.isfinite(loss):
+        raise FloatingPointError(
+            f"The loss is {loss.item()} at gradient step {update}. Check the rewards' scale, lower the learning rate "
+            "or set max_grad_norm; checkpoints written before this step are intact."
+        )
+    if output.backward is None:
+        policy.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+    else:  # a graph has its own backward pass
+        output.backward(weights)
+    if max_grad_norm is not None:
+        th.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+    policy.optimizer.step()
+    return loss
+
+
 class OffPolicy(OffPolicyAlgorithm):
     """
     An off-policy algorithm that minimises ``mean(weights * loss)``, saves safely and works with prioritized replay.
@@ -80,52 +115,33 @@ class OffPolicy(OffPolicyAlgorithm):
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """
-        Run gradient steps; the only place that reduces over the batch.
+        Run gradient steps.
 
         :param gradient_steps: number of steps
         :param batch_size: samples per step, B
-        :raises FloatingPointError: if the loss is NaN or infinite, before the step is taken (on a GPU it is looked at
-            every 100 steps only)
+        :raises FloatingPointError: see :func:`minimise`
         """
         assert self.replay_buffer is not None
-        buffer, hooks, optimizer = self.replay_buffer, hooks_of(self.replay_buffer), self.policy.optimizer
+        buffer, hooks = self.replay_buffer, hooks_of(self.replay_buffer)
         self.policy.set_training_mode(True)
-        self._update_learning_rate(optimizer)
+        self._update_learning_rate(self.policy.optimizer)
         hooks.set_progress(self._current_progress_remaining)
         for _ in range(gradient_steps):
             # sample
             batch = buffer.sample(batch_size, env=self._vec_normalize_env)
-            # per-sample loss, [B]
+            # loss and TD error of each sample, [B]
             output = self.compute_loss(batch)
-            # importance weights, [B], then the mean
+            # one step on the weighted mean
             weights = hooks.weights(batch)
-            weights = None if weights is None else weights.reshape(-1)
-            loss = (output.loss if weights is None else output.loss * weights).mean()
-            self._check_finite(loss)
-            # gradient, by autograd or by a graph that was recorded
-            if output.backward is None:
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-            else:
-                output.backward(weights)
-            if self.max_grad_norm is not None:
-                th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-            # step
-            optimizer.step()
+            loss = minimise(self.policy, output, weights, self.max_grad_norm, self._n_updates)
             # new priorities
             if weights is not None:
                 hooks.update_priorities(batch.indices, output.td_error.detach().abs().cpu().numpy())  # type: ignore[attr-defined]
             self._n_updates += 1
             self._train_metrics.add({"loss": loss, **output.metrics})
+            # target networks
             self._after_update()
         self._log_metrics()
-
-    def _check_finite(self, loss: th.Tensor) -> None:
-        if (loss.device.type == "cpu" or self._n_updates % _GPU_CHECK_EVERY == 0) and not th.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at gradient step {self._n_updates}. Check the rewards' scale, lower the "
-                "learning rate or set max_grad_norm; checkpoints written before this step are intact."
-            )
 
     def _log_metrics(self) -> None:
         """Give the logger the means since the last call."""
@@ -155,7 +171,8 @@ class OffPolicy(OffPolicyAlgorithm):
             self.set_random_seed(self.seed)  # samplers take their seed from numpy's generator
             self.replay_buffer = self._make_replay_buffer()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`n_steps=.*is ignored because a custom `replay_buffer_class`")
+            if self.replay_buffer is not None:  # it has n_steps
+                warnings.filterwarnings("ignore", message="`n_steps=.*is ignored because a custom `replay_buffer")
             super()._setup_model()
 
     def _setup_learn(
@@ -209,11 +226,7 @@ class OffPolicy(OffPolicyAlgorithm):
         :param exclude: see SB3
         :param include: see SB3
         """
-        if isinstance(path, (str, pathlib.Path)):
-            with atomic_path(_named(path, ".zip")) as partial, partial.open("wb") as file:
-                super().save(file, exclude, include)
-        else:
-            super().save(path, exclude, include)
+        save_whole(partial(super().save, exclude=exclude, include=include), path, ".zip")
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """
@@ -251,13 +264,4 @@ class OffPolicy(OffPolicyAlgorithm):
 
         :param path: file name (``.pkl`` is added) or open file
         """
-        if isinstance(path, (str, pathlib.Path)):
-            with atomic_path(_named(path, ".pkl")) as partial, partial.open("wb") as file:
-                super().save_replay_buffer(file)
-        else:
-            super().save_replay_buffer(path)
-
-
-def _named(path: str | pathlib.Path, suffix: str) -> pathlib.Path:
-    final = pathlib.Path(path)
-    return final if final.suffix else final.with_suffix(suffix)
+        save_whole(super().save_replay_buffer, path, ".pkl")

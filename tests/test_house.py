@@ -25,19 +25,20 @@ ARRAYS = {"numpy", "torch", "numba", "zstandard"}
 BELOW = {
     "losses": set(),
     "files": set(),
+    "saving": {"files"},
     "normalize": set(),
     "threads": set(),
     "cuda_graphs": {"losses"},
     "replay": set(),
     "search": set(),
     "data": {"replay", "files"},
-    "off_policy": {"replay", "files", "losses", "threads"},
+    "off_policy": {"replay", "losses", "saving", "threads"},
     "dqn": {"off_policy", "replay", "losses"},
-    "cql": {"dqn", "off_policy", "replay", "losses", "files", "normalize", "threads", "cuda_graphs", "data"},
+    "cql": {"dqn", "off_policy", "replay", "losses", "saving", "normalize", "threads", "cuda_graphs", "data"},
     "efficientzero": {
-        *("search", "off_policy", "replay", "losses", "files", "normalize", "threads", "cuda_graphs", "data"),
+        *("search", "off_policy", "replay", "losses", "normalize", "threads", "cuda_graphs", "data"),
     },
-    "gail": {"search", "off_policy", "replay", "losses", "files", "normalize", "threads", "data"},
+    "gail": {"replay", "losses", "saving", "normalize", "threads", "data"},
 }
 """What each part of the house may import besides itself."""
 

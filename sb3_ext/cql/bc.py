@@ -2,58 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any
+import io
+import pathlib
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, ClassVar, Self
 
 import torch as th
-from sb3_contrib.qrdqn.policies import QRDQNPolicy
+from gymnasium import spaces
+from stable_baselines3.common import policies
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import NatureCNN
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
-from sb3_ext.cql.cql import CQL
-from sb3_ext.cql.support import with_adam
+from sb3_ext.cql.offline import OfflineAlgorithm, with_adam
 from sb3_ext.data.load import DatasetLike
-from sb3_ext.losses import LossOutput, conservative_gap
+from sb3_ext.losses import LossOutput
+from sb3_ext.off_policy import minimise
+from sb3_ext.replay.dataset import OfflineReplayBuffer
+from sb3_ext.saving import save_whole
 
 
-class BC(CQL):
+class BC(OfflineAlgorithm):
     """
-    Behaviour cloning for discrete actions: maximise the log-likelihood of the dataset's actions.
+    Behaviour cloning (Pomerleau, 1991): maximise the mean log-likelihood of the dataset's actions,
+    ``mean_(s, a) log pi(a | s)``. Rewards are ignored.
 
-    Its loss, ``logsumexp_a f(s, a) - f(s, a_data)``, is CQL's conservative term alone, so it is the limit of CQL for
-    infinite ``cql_alpha``: same networks (with one output per action), same data, no rewards. ``predict`` takes the
-    likeliest action.
+    The policy is PPO's, so it has every action and observation space of PPO, and its weights are a warm start:
+    ``ppo.policy.load_state_dict(bc.policy.state_dict())``, where both have the same ``policy_kwargs``. For discrete
+    actions the loss is CQL's conservative term alone, so cloning is the limit of CQL for infinite ``cql_alpha``.
+    ``predict`` takes the likeliest action where it is deterministic, else draws one.
 
-    :param policy: as in :class:`CQL`
-    :param dataset: as in :class:`CQL`
-    :param env: as in :class:`CQL`
-    :param learning_rate: Adam's step size, or a schedule
+    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or a class of SB3's actor-critic kind
+    :param dataset: a ``minari.MinariDataset``, its id (downloaded if it is not here) or path, or a filled replay buffer
+    :param env: environment whose spaces must be the dataset's; not needed to learn
+    :param learning_rate: Adam's step size, or a schedule of the remaining progress (1 to 0)
     :param batch_size: transitions per gradient step
+    :param ent_coef: weight of the policy's entropy, which is added to the objective; higher keeps it from growing
+        certain of few examples
     :param max_grad_norm: gradient clipping; None for none
-    :param dataset_kwargs: as in :class:`CQL`
-    :param torch_compile: as in :class:`CQL`
-    :param bf16: as in :class:`CQL`
-    :param cuda_graphs: as in :class:`CQL`
+    :param dataset_kwargs: further arguments of :func:`~sb3_ext.data.load_minari`, as in :class:`CQL`
+    :param bf16: run the network in bfloat16 (fast where the processor has it, slow where it does not)
     :param stats_window_size: as in SB3
     :param tensorboard_log: as in SB3
-    :param policy_kwargs: as in SB3
+    :param policy_kwargs: as in PPO; the default optimizer is Adam with its usual epsilon of 1e-8
     :param verbose: as in SB3
-    :param seed: as in SB3
+    :param seed: seed of the network and of the sampler
     :param device: as in SB3
-    :param _init_setup_model: build the networks now
+    :param _init_setup_model: build the network now
+    :raises TypeError: if an environment is given as the dataset or the reverse
+    :raises ValueError: if dataset, environment and policy do not fit together, or a number is out of range
     """
+
+    policy_aliases: ClassVar[dict[str, Any]] = {
+        "MlpPolicy": policies.ActorCriticPolicy,
+        "CnnPolicy": policies.ActorCriticCnnPolicy,
+        "MultiInputPolicy": policies.MultiInputActorCriticPolicy,
+    }
+    action_kinds = (spaces.Discrete, spaces.Box, spaces.MultiDiscrete, spaces.MultiBinary)
+    policy: policies.ActorCriticPolicy
 
     def __init__(
         self,
-        policy: str | type[QRDQNPolicy],
+        policy: str | type[policies.ActorCriticPolicy],
         dataset: DatasetLike | ReplayBuffer | None = None,
         env: GymEnv | str | None = None,
         learning_rate: float | Schedule = 1e-4,
         batch_size: int = 32,
+        ent_coef: float = 0.0,
         max_grad_norm: float | None = None,
         dataset_kwargs: dict[str, Any] | None = None,
-        torch_compile: bool = False,
         bf16: bool = False,
-        cuda_graphs: bool = True,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -62,43 +82,98 @@ class BC(CQL):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        # Adam's usual eps: that of QR-DQN, which CQL takes, is larger than most of cloning's gradients
-        policy_kwargs = {**with_adam(policy_kwargs, eps=1e-8), "n_quantiles": 1}
+        self._check_dataset_arguments(env, batch_size=batch_size)
+        if not ent_coef >= 0:
+            raise ValueError(f"ent_coef must not be negative, got {ent_coef}.")
+        self.batch_size, self.ent_coef, self.max_grad_norm, self.bf16 = batch_size, ent_coef, max_grad_norm, bf16
+        self.dataset_kwargs, self.dataset_info = dict(dataset_kwargs or {}), {}
+        if self.dataset_kwargs.get("prioritized"):
+            raise ValueError("Cloning has no TD errors to draw by: leave 'prioritized' out of dataset_kwargs.")
         super().__init__(
             policy,
-            dataset,
             env,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            max_grad_norm=max_grad_norm,
-            dataset_kwargs=dataset_kwargs,
-            torch_compile=torch_compile,
-            bf16=bf16,
-            cuda_graphs=cuda_graphs,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
+            learning_rate,
+            with_adam(policy_kwargs, eps=1e-8),
+            stats_window_size,
+            tensorboard_log,
+            verbose,
+            device,
+            support_multi_env=True,
             seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
+            supported_action_spaces=self.action_kinds,
         )
+        if _init_setup_model:
+            self._attach(dataset)
+            self._setup_model()
 
-    def _loss(self, batch: ReplayBufferSamples) -> LossOutput:
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
+        ).to(self.device)
+        self._channels_last = type(self.policy.features_extractor) is NatureCNN  # others may not bear another layout
+        if self._channels_last:
+            self.policy.to(memory_format=th.channels_last)
+
+    def compute_loss(self, batch: Any) -> LossOutput:
         """
-        Negative log-likelihood of the data's actions.
+        Negative log-likelihood of the data's actions, less ``ent_coef`` times the policy's entropy.
 
         :param batch: samples of the replay buffer
-        :return: loss, ``[B]``; the TD error is zero; metrics ``nll`` and ``action_match``
+        :return: loss, ``[B]``; the TD error is zero; metrics ``nll`` (in nats), ``entropy`` where it has a closed form,
+            and ``action_match``: for discrete actions the share that the policy would take, too
         """
-        logits = self._forward(self._online_forward, batch.observations).squeeze(1)
-        loss = conservative_gap(logits, batch.actions)
-        with th.no_grad():
-            match = (logits.argmax(dim=1) == batch.actions.squeeze(1)).float().mean()
-        return LossOutput(loss, th.zeros_like(loss), {"nll": loss.mean(), "action_match": match})
+        observations, actions = batch.observations, batch.actions
+        if self._channels_last and is_image_space(self.observation_space):
+            observations = observations.contiguous(memory_format=th.channels_last)
+        if isinstance(self.action_space, spaces.Discrete):
+            actions = actions.long().flatten()
+        elif isinstance(self.action_space, spaces.Box):
+            actions = self._environment_actions(actions)
+        elif isinstance(self.action_space, spaces.MultiBinary):
+            actions = actions.float()
+        with th.autocast(self.device.type, th.bfloat16, enabled=self.bf16):
+            distribution = self.policy.get_distribution(observations)
+            loss = nll = -distribution.log_prob(actions).float()
+            entropy = distribution.entropy()
+        metrics = {"nll": nll.mean()}
+        if entropy is not None:
+            loss = loss - self.ent_coef * entropy.float() if self.ent_coef else loss
+            metrics["entropy"] = entropy.float().mean()
+        if not isinstance(self.action_space, spaces.Box):
+            with th.no_grad():
+                same = (distribution.mode() == actions).reshape(len(actions), -1).all(dim=1)
+            metrics["action_match"] = same.float().mean()
+        return LossOutput(loss, th.zeros_like(loss), metrics)
 
-    def _update_target(self) -> None:
-        pass  # no target network is used
+    def _environment_actions(self, actions: th.Tensor) -> th.Tensor:
+        """Actions as the environment got them, ``[B, D]``: buffers of SB3's algorithms hold them scaled to [-1, 1]."""
+        space = self.action_space
+        assert isinstance(space, spaces.Box)
+        if isinstance(self._dataset, OfflineReplayBuffer) or not space.is_bounded():
+            return actions.flatten(1)
+        low, high = (th.as_tensor(bound.reshape(-1), device=actions.device) for bound in (space.low, space.high))
+        return low + 0.5 * (actions.flatten(1) + 1) * (high - low)
+
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        """
+        Run gradient steps.
+
+        :param gradient_steps: number of steps
+        :param batch_size: samples per step
+        :raises FloatingPointError: if the loss is not finite
+        """
+        assert self.replay_buffer is not None
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        for _ in range(gradient_steps):
+            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            output = self.compute_loss(batch)
+            loss = minimise(self.policy, output, None, self.max_grad_norm, self._n_updates)
+            self._n_updates += 1
+            self._train_metrics.add({"loss": loss, **output.metrics})
 
     def learn(
         self,
@@ -108,24 +183,29 @@ class BC(CQL):
         tb_log_name: str = "BC",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
-    ) -> BC:
-        """
-        Learn offline; see :meth:`CQL.learn`.
-
-        :param total_timesteps: gradient steps
-        :param callback: SB3 callbacks
-        :param log_interval: gradient steps between log lines
-        :param tb_log_name: name of the run
-        :param reset_num_timesteps: False continues counting
-        :param progress_bar: show progress
-        :return: self
-        """
+    ) -> Self:
+        """See :meth:`OfflineAlgorithm.learn`."""
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
-    def learn_online(self, *args: Any, **kwargs: Any) -> BC:
+    def learn_online(self, *args: Any, **kwargs: Any) -> Self:
         """
         Refuse: cloning has no use for an environment.
 
         :raises NotImplementedError: always
         """
-        raise NotImplementedError("Behaviour cloning learns from the dataset only; use CQL to go on online.")
+        raise NotImplementedError(
+            "Behaviour cloning learns from the dataset only. Use CQL to learn online too, or give PPO the weights: "
+            "ppo.policy.load_state_dict(bc.policy.state_dict())."
+        )
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """See SB3; without the dataset, with the place of the sampler in it. An older file stays until it is whole."""
+        save_whole(partial(super().save, exclude=exclude, include=include), path, ".zip")
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []

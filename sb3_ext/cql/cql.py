@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import io
+import pathlib
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import gymnasium as gym
+import numpy as np
+import sb3_contrib
 import torch as th
-from sb3_contrib.qrdqn.policies import QRDQNPolicy
+from gymnasium import spaces
+from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.save_util import load_from_pkl
+from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
+from stable_baselines3.common.utils import polyak_update
+from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ext.cql.mixed import MixedReplayBuffer
-from sb3_ext.cql.offline import OfflineQRDQN
-from sb3_ext.cql.support import OnlineReplayBuffer, check_arguments, with_adam
+from sb3_ext.cql.mixed import MixedReplayBuffer, OnlineReplayBuffer
+from sb3_ext.cql.offline import OfflineAlgorithm, with_adam
+from sb3_ext.cuda_graphs import RecordedLoss
 from sb3_ext.data.load import DatasetLike
-from sb3_ext.dqn.dqn import QRDQN
+from sb3_ext.dqn.dqn import QRDQN, quantile_td
 from sb3_ext.losses import LossOutput, conservative_gap
+from sb3_ext.off_policy import OffPolicy
 from sb3_ext.replay.dataset import OfflineReplayBuffer
+from sb3_ext.replay.priorities import Priorities
 
 
-class CQL(OfflineQRDQN):
+class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
     """
     Conservative Q-learning CQL(H) (Kumar et al., 2020, https://arxiv.org/abs/2006.04779) on QR-DQN, for discrete
     actions.
@@ -77,6 +89,7 @@ class CQL(OfflineQRDQN):
     policy_aliases: ClassVar[dict[str, Any]] = {
         k: v for k, v in QRDQN.policy_aliases.items() if k != "MultiInputPolicy"
     }
+    _warned_of_overestimation = False
 
     def __init__(
         self,
@@ -112,16 +125,22 @@ class CQL(OfflineQRDQN):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        check_arguments(policy, env, cql_alpha, batch_size, target_update_interval, n_steps, policy_kwargs)
+        if isinstance(policy, str) and policy == "MultiInputPolicy":
+            raise ValueError(
+                "MultiInputPolicy is for Dict observations, which offline datasets here do not have; use MlpPolicy or "
+                "CnnPolicy."
+            )
+        self._check_dataset_arguments(
+            env, batch_size=batch_size, target_update_interval=target_update_interval, n_steps=n_steps
+        )
+        _check_alpha(cql_alpha)
+        if "double_q" in (policy_kwargs or {}):
+            raise ValueError("policy_kwargs has no double_q here, it is an argument: CQL(..., double_q=True).")
         self.cql_alpha, self.double_q, self.clip_rewards = cql_alpha, double_q, clip_rewards
-        self.dataset_kwargs = dict(dataset_kwargs or {})
+        self.dataset_kwargs, self.dataset_info = dict(dataset_kwargs or {}), {}
         self.torch_compile, self.bf16 = torch_compile, bf16
-        self.cuda_graphs = cuda_graphs and not torch_compile  # what is recorded must not be compiled meanwhile
-        self.dataset_info: dict[str, Any] = {}
-        self._last_means = {}
-        self._offline_buffer, self._online_buffer = None, None
-        self._sampler_state: Any = None
-        self._offline = True
+        self.cuda_graphs = cuda_graphs and not torch_compile  # what is graphed must not be compiled meanwhile
+        self._online_buffer: OnlineReplayBuffer | None = None
         # as in the QR-DQN paper for batches of 32
         policy_kwargs = with_adam(policy_kwargs, eps=0.01 / batch_size)
         super().__init__(
@@ -149,28 +168,57 @@ class CQL(OfflineQRDQN):
             device=device,
             _init_setup_model=False,
         )
-        self._policy_name = policy if isinstance(policy, str) else None
-        if not _init_setup_model:
-            return
-        if dataset is None:
-            raise TypeError(
-                f"{type(self).__name__} needs a dataset: a MinariDataset, its id or path, or a filled replay buffer."
+        if _init_setup_model:
+            self._attach(dataset)
+            self._setup_model()
+
+    def _attach(self, dataset: DatasetLike | ReplayBuffer | None) -> None:
+        super()._attach(dataset)
+        buffer = self._dataset
+        # largest discounted return in the data, in the units of the Q values
+        self._bound = float("nan")
+        if isinstance(buffer, OfflineReplayBuffer):
+            rewards = np.clip(buffer.rewards, -1, 1) if self.clip_rewards else None
+            self._bound = buffer.largest_return(self.gamma, rewards)
+
+    def _check_policy(self, space: spaces.Space[Any]) -> None:
+        if isinstance(space, spaces.Dict):
+            raise ValueError(
+                "The data has Dict observations, which CQL cannot learn from; use flat vectors "
+                "(gymnasium.wrappers.FlattenObservation) or images, or clone it with BC and its MultiInputPolicy."
             )
-        self._attach(dataset)
-        self._setup_model()
+        super()._check_policy(space)
+
+    def _setup_model(self) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The number of environments used is greater than the target")
+            super()._setup_model()
+        nature = type(self.quantile_net.features_extractor) is NatureCNN  # others may not bear another layout
+        if nature:
+            self.policy.to(memory_format=th.channels_last)
+        self._online_forward: Callable[[th.Tensor], th.Tensor] = self.quantile_net.forward
+        self._target_forward: Callable[[th.Tensor], th.Tensor] = self.quantile_net_target.forward
+        if nature and self.quantile_net.normalize_images and is_image_space(self.observation_space):
+            self._online_forward = partial(_quantiles_of_images, self.quantile_net)
+            self._target_forward = partial(_quantiles_of_images, self.quantile_net_target)
+        if self.torch_compile:
+            self._online_forward = th.compile(self._online_forward)
+            self._target_forward = th.compile(self._target_forward)
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        self._graphed_loss = RecordedLoss(self.quantile_net, lambda *x: self._loss(ReplayBufferSamples(*x)))
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget_graphs()  # they have the coefficients of then
+        return super()._setup_learn(*args, **kwargs)
 
     def _forward(self, net: Any, observations: th.Tensor) -> th.Tensor:
         with th.autocast(self.device.type, th.bfloat16, enabled=self.bf16):
             quantiles: th.Tensor = net(observations)
         return quantiles.float()
 
-    def _next_quantiles(self, batch: ReplayBufferSamples) -> th.Tensor:
-        quantiles = self._forward(self._target_forward, batch.next_observations)
-        chooser = self._forward(self._online_forward, batch.next_observations) if self.double_q else quantiles
-        best = chooser.mean(dim=1).argmax(dim=1)
-        return quantiles[th.arange(len(best), device=best.device), :, best]
-
-    def _loss(self, batch: ReplayBufferSamples) -> LossOutput:
+    def compute_loss(self, batch: Any) -> LossOutput:
         """
         Quantile Huber loss plus ``cql_alpha`` times the conservative gap, from one forward pass of the online network.
 
@@ -178,10 +226,25 @@ class CQL(OfflineQRDQN):
         :return: loss and TD error, ``[B]``; metrics ``td_loss``, ``conservative_gap``, ``q_data`` (mean Q of the data's
             actions), ``q_best`` (mean Q of the best actions), ``action_match`` (share of states where they coincide)
         """
+        if not self.cuda_graphs or self.device.type != "cuda":
+            return self._loss(batch)
+        # weights and indices of a batch are not the loss's business
+        return self._graphed_loss(*(part for part in batch[: len(ReplayBufferSamples._fields)] if part is not None))
+
+    def _loss(self, batch: ReplayBufferSamples) -> LossOutput:
+        """The loss itself, with nothing in it that a CUDA graph could not hold."""
         if self.clip_rewards and self.n_steps == 1:  # else the buffers clip, before they sum
             batch = batch._replace(rewards=batch.rewards.clamp(-1, 1))
+        # quantiles of all actions, [B, N, A], and of the next observation's best one, [B, N]
         quantiles = self._forward(self._online_forward, batch.observations)
-        td = self._quantile_loss(batch, quantiles)
+        with th.no_grad():
+            following = self._forward(self._target_forward, batch.next_observations)
+            chooser = self._forward(self._online_forward, batch.next_observations) if self.double_q else following
+            best_next = chooser.mean(dim=1).argmax(dim=1)
+            following = following[th.arange(len(best_next), device=best_next.device), :, best_next]
+        # QR-DQN's loss
+        td = quantile_td(batch, quantiles, following, self.gamma)
+        # plus the conservative term
         q_values = quantiles.mean(dim=1)
         gap = conservative_gap(q_values, batch.actions)
         with th.no_grad():
@@ -195,6 +258,44 @@ class CQL(OfflineQRDQN):
             }
         loss = td.loss if self.cql_alpha == 0 else td.loss + self.cql_alpha * gap
         return LossOutput(loss, td.td_error, metrics)
+
+    def _after_update(self) -> None:
+        if self._n_updates % self.target_update_interval == 0:
+            polyak_update(self.quantile_net.parameters(), self.quantile_net_target.parameters(), self.tau)
+            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+
+    def _on_step(self) -> None:
+        # QRDQN counts environment steps to update the target network; here gradient steps count
+        self.exploration_rate = self.exploration_schedule(self._current_progress_remaining)
+        self.logger.record("rollout/exploration_rate", self.exploration_rate)
+
+    def _judge(self, means: dict[str, float]) -> None:
+        if not np.isfinite(self._bound) or "q_best" not in means:
+            return
+        self.logger.record("train/largest_data_return", self._bound)
+        too_high = means["q_best"] > self._bound + max(1.0, abs(self._bound))
+        self.logger.record("train/overestimation", float(too_high))
+        if too_high and not self._warned_of_overestimation:
+            self._warned_of_overestimation = True
+            warnings.warn(
+                f"Q of the best actions is {means['q_best']:.3g} on average, but no episode of the data returned more "
+                f"than {self._bound:.3g} (discounted): the values are overestimated, and the policy will likely fail. "
+                "Raise cql_alpha.",
+                stacklevel=3,
+            )
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 1000,
+        tb_log_name: str = "CQL",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """See :meth:`OfflineAlgorithm.learn`. Nothing is explored."""
+        self.exploration_rate = self.exploration_final_eps  # what predict() does when it is not greedy
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def learn_online(
         self,
@@ -227,7 +328,7 @@ class CQL(OfflineQRDQN):
         :return: self
         :raises ValueError: if there is no environment or no dataset, or a number is out of range
         """
-        if self._offline_buffer is None:
+        if self._dataset is None:
             raise ValueError("There is no dataset: call set_dataset(dataset) after load().")
         if env is not None:
             self.set_env(gym.make(env) if isinstance(env, str) else env)
@@ -236,15 +337,13 @@ class CQL(OfflineQRDQN):
                 "learn_online() needs an environment: pass env=, for instance sb3_ext.data.make_eval_env(dataset)."
             )
         if cql_alpha is not None:
-            if not cql_alpha >= 0:
-                raise ValueError(f"cql_alpha must not be negative, got {cql_alpha}.")
+            _check_alpha(cql_alpha)
             self.cql_alpha = cql_alpha
         online = self._new_transitions()
-        mixed = MixedReplayBuffer(self._offline_buffer, online, offline_fraction)
-        mixed.pos, mixed.full = online.pos, online.full
-        self.replay_buffer, self._offline = mixed, False
-        return OffPolicyAlgorithm.learn(
-            self, total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
+        self.replay_buffer, self._online = MixedReplayBuffer(self._dataset, online, offline_fraction), True
+        # SB3's learn, which comes after the offline one
+        return super(OfflineAlgorithm, self).learn(
+            total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
         )
 
     def _new_transitions(self) -> OnlineReplayBuffer:
@@ -262,8 +361,9 @@ class CQL(OfflineQRDQN):
         return kept
 
     def _make_online_buffer(self) -> OnlineReplayBuffer:
-        offline = self._offline_buffer
+        offline = self._dataset
         assert offline is not None
+        state = offline.sampler_state if isinstance(offline, OfflineReplayBuffer) else None
         # images take a frame per transition, as in the dataset; alpha 0 draws uniformly
         images = isinstance(offline, OfflineReplayBuffer) and is_image_space(self.observation_space)
         return OnlineReplayBuffer(
@@ -276,5 +376,57 @@ class CQL(OfflineQRDQN):
             frame_stack=getattr(offline, "frame_stack", None),
             n_steps=self.n_steps,
             gamma=self.gamma,
-            **(offline.priorities.settings if hasattr(offline, "priorities") else {"alpha": 0.0}),
+            **(state.settings if isinstance(state, Priorities) else {"alpha": 0.0}),
         )
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load what ``save_replay_buffer`` saved: the dataset; after :meth:`learn_online` the new transitions, and the
+        dataset with them if the model has none yet.
+
+        :param path: as in SB3
+        :param truncate_last_traj: as in SB3
+        :raises ValueError: if the spaces or ``n_steps`` differ from the model's
+        """
+        loaded = load_from_pkl(path, self.verbose)
+        if not isinstance(loaded, MixedReplayBuffer):
+            self.set_dataset(loaded)
+            return
+        online = loaded.online
+        self._compare_spaces(online)
+        if not isinstance(online, OnlineReplayBuffer) or online.n_steps != self.n_steps:
+            raise ValueError(
+                f"The new transitions in the file ({type(online).__name__}, n_steps={getattr(online, 'n_steps', 1)}) "
+                f"are of another kind than this model's (OnlineReplayBuffer, n_steps={self.n_steps}). Load them into a "
+                "model like the one that saved them."
+            )
+        if self._dataset is None:
+            self.set_dataset(loaded.offline)
+        online.device = self.device
+        self._online_buffer = online
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Set the environment for :meth:`learn_online`.
+
+        :param env: environment with the dataset's spaces
+        :param force_reset: as in SB3
+        """
+        self.n_envs = env.num_envs if isinstance(env, VecEnv) else 1
+        super().set_env(env, force_reset)
+
+    def _excluded_save_params(self) -> list[str]:
+        names = ("_online_buffer", "_online_forward", "_target_forward", "_graphed_loss")
+        return [*super()._excluded_save_params(), *names]
+
+
+def _check_alpha(cql_alpha: float) -> None:
+    if not cql_alpha >= 0:
+        raise ValueError(f"cql_alpha must not be negative, got {cql_alpha}.")
+
+
+def _quantiles_of_images(net: QuantileNetwork, observations: th.Tensor) -> th.Tensor:
+    """``net(observations)``, bit for bit; pixels are laid out channels last and scaled in place, without copies."""
+    pixels = observations.to(th.float32, memory_format=th.channels_last, copy=True).div_(255.0)
+    flat: th.Tensor = net.quantile_net(net.features_extractor(pixels))
+    return flat.view(-1, net.n_quantiles, int(net.action_space.n))

@@ -12,7 +12,12 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ext.replay.batch import PrioritizedReplayBufferSamples, ReplayHooks, hooks_of
+from sb3_ext.replay.dataset import ClippedRewards, PrioritizedOfflineReplayBuffer
 from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
+
+
+class OnlineReplayBuffer(ClippedRewards, PrioritizedReplayBuffer):
+    """New transitions."""
 
 
 class MixedReplayBuffer(ReplayBuffer, ReplayHooks):
@@ -37,7 +42,9 @@ class MixedReplayBuffer(ReplayBuffer, ReplayHooks):
         self.offline, self.online, self.offline_fraction = offline, online, offline_fraction
         self.optimize_memory_usage, self.handle_timeout_termination = False, True
         # indices from here on mean the online buffer; 0 if nothing is prioritized
-        self._capacity = offline.priorities.tree.capacity if hasattr(offline, "priorities") else 0
+        prioritized = isinstance(offline, (PrioritizedOfflineReplayBuffer, PrioritizedReplayBuffer))
+        self._capacity = offline.priorities.tree.capacity if prioritized else 0  # type: ignore[attr-defined]
+        self.pos, self.full = online.pos, online.full
 
     def add(self, *args: Any, **kwargs: Any) -> None:
         """Add to the online buffer; see SB3's ``ReplayBuffer.add``."""

@@ -1,102 +1,197 @@
-"""Learning from a fixed dataset with SB3's face: what CQL and its baselines share."""
+"""Learning from a fixed dataset with SB3's face: what the offline algorithms share."""
 
 from __future__ import annotations
 
 import io
 import pathlib
+import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import Any, ClassVar, Self
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from sb3_contrib.qrdqn.policies import QuantileNetwork
-from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from numpy.typing import NDArray
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.save_util import load_from_pkl
-from stable_baselines3.common.torch_layers import NatureCNN
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
-from stable_baselines3.common.utils import configure_logger, polyak_update
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
+from stable_baselines3.common.utils import configure_logger
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
-from sb3_ext.cql.mixed import MixedReplayBuffer
-from sb3_ext.cql.support import (
-    OfflineEnv,
-    OfflineProgressBar,
-    OnlineReplayBuffer,
-    check_policy,
-    check_replay_buffer,
-    sampler_mismatch,
-    short_space,
-    warn_on_overestimation,
-)
-from sb3_ext.cuda_graphs import RecordedLoss
 from sb3_ext.data.load import DatasetLike, load_minari
 from sb3_ext.data.verify import action_coverage
-from sb3_ext.dqn.dqn import QRDQN
-from sb3_ext.losses import LossOutput
 from sb3_ext.normalize import begin_statistics_of
+from sb3_ext.off_policy import MetricMeans
 from sb3_ext.replay.dataset import OfflineReplayBuffer
+from sb3_ext.replay.priorities import Priorities
 
 
-class OfflineQRDQN(QRDQN):
+class OfflineEnv(gym.Env[Any, Any]):
     """
-    QR-DQN whose timesteps are gradient steps on a dataset.
+    Stand-in for the training environment, which offline learning does not have: spaces, but no dynamics.
 
-    Subclasses set the attributes below before ``_attach``, and define ``compute_loss``.
+    :param observation_space: the agent's
+    :param action_space: the agent's
     """
 
-    clip_rewards: bool
+    def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """
+        Refuse.
+
+        :raises RuntimeError: always
+        """
+        raise RuntimeError("Offline learning has no environment. Pass env= to the constructor or to learn_online().")
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """
+        Refuse.
+
+        :raises RuntimeError: always
+        """
+        raise RuntimeError("Offline learning has no environment. Pass env= to the constructor or to learn_online().")
+
+
+class MissingDataset(ReplayBuffer):
+    """
+    Stand-in for the data of a model that was loaded without it.
+
+    :param observation_space: the agent's
+    :param action_space: the agent's
+    """
+
+    def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+        BaseBuffer.__init__(self, 1, observation_space, action_space)
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        """
+        Refuse.
+
+        :raises ValueError: always
+        """
+        raise ValueError("There is no dataset: call set_dataset(dataset) after load().")
+
+
+class OfflineProgressBar(ProgressBarCallback):
+    """SB3's progress bar, with the losses and values of the last log line in front of it."""
+
+    _SHOWN = (
+        ("nll", "nll"),
+        ("td_loss", "td"),
+        ("conservative_gap", "gap"),
+        ("q_data", "Q data"),
+        ("q_best", "Q best"),
+        ("loss", "loss"),
+    )
+
+    def _on_step(self) -> bool:
+        values: dict[str, float] = self.model._last_means  # type: ignore[attr-defined]
+        shown = [f"{label} {values[key]:.3g}" for key, label in self._SHOWN if key in values]
+        if shown:
+            self.pbar.set_description(", ".join(shown), refresh=False)
+        self.pbar.update(1)
+        return True
+
+
+class OfflineAlgorithm(BaseAlgorithm):
+    """
+    An algorithm whose timesteps are gradient steps on a dataset.
+
+    A class derives from this one and from one of SB3's, in that order; its ``train`` takes gradient steps.
+    """
+
+    action_kinds: ClassVar[tuple[type[spaces.Space[Any]], ...]] = (spaces.Discrete,)
+    """Action spaces that the algorithm learns from."""
+
+    batch_size: int
+    n_steps: int = 1
+    gamma: float = 0.99
+    clip_rewards: bool = False
     dataset_kwargs: dict[str, Any]
     dataset_info: dict[str, Any]
-    torch_compile: bool
-    cuda_graphs: bool
-    _last_means: dict[str, float]
-    _offline: bool
-    _offline_buffer: ReplayBuffer | None
-    _online_buffer: OnlineReplayBuffer | None
-    _policy_name: str | None
-    _recorded_loss: RecordedLoss
-    _sampler_state: Any
-    _online_forward: Callable[[th.Tensor], th.Tensor]
-    _target_forward: Callable[[th.Tensor], th.Tensor]
+    replay_buffer: ReplayBuffer | None = None
+    _dataset: ReplayBuffer | None = None
+    _sampler_state: Any = None
+    """Of the model that was loaded, until its data is back."""
+    _saved_sampler: Any = None
+    _online = False
+    """Whether the steps are those of an environment at the moment."""
 
-    def _attach(self, dataset: DatasetLike | ReplayBuffer) -> None:
+    def _check_dataset_arguments(self, env: Any, **at_least_one: int) -> None:
+        """Check what can be checked before any data is read."""
+        if env is not None and not isinstance(env, (gym.Env, VecEnv, str)):
+            raise TypeError(
+                f"env must be an environment or its id, not {type(env).__name__}; the dataset is the argument before "
+                "it."
+            )
+        if isinstance(env, str) and env not in gym.registry and ":" not in env and not env.startswith("ALE/"):
+            raise ValueError(f"{env!r} is no registered environment; if it is a dataset, pass it as dataset=.")
+        for name, value in at_least_one.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+
+    def _attach(self, dataset: DatasetLike | ReplayBuffer | None) -> None:
         """Load and check the dataset; take the spaces from it, or compare them with the environment's."""
+        if dataset is None:
+            raise TypeError(
+                f"{type(self).__name__} needs a dataset: a MinariDataset, its id or path, or a filled replay buffer."
+            )
         if isinstance(dataset, ReplayBuffer):
             buffer = dataset
-            check_replay_buffer(buffer, self.n_steps, self.gamma, self.clip_rewards)
+            self._check_replay_buffer(buffer)
             buffer.device = self.device
         else:
             buffer = load_minari(
                 dataset, n_steps=self.n_steps, gamma=self.gamma, device=self.device, **self.dataset_kwargs
             )
-        if not isinstance(buffer.action_space, spaces.Discrete):
-            raise ValueError(f"{type(self).__name__} needs Discrete actions, the dataset has {buffer.action_space}.")
+        if not isinstance(buffer.action_space, self.action_kinds):
+            raise ValueError(
+                f"{type(self).__name__} needs {' or '.join(k.__name__ for k in self.action_kinds)} actions, the "
+                f"dataset has {short_space(buffer.action_space)}."
+            )
         if getattr(self, "observation_space", None) is None:
             self.observation_space, self.action_space, self.n_envs = buffer.observation_space, buffer.action_space, 1
         else:
-            self._check_spaces(buffer)
-        if self._policy_name is not None:
-            check_policy(self._policy_name, buffer.observation_space, self.policy_kwargs)
+            self._compare_spaces(buffer)
+        self._check_policy(buffer.observation_space)
         self.dataset_info = dict(getattr(buffer, "info", {}))
-        self._offline_buffer = buffer
-        self.replay_buffer = buffer
+        self._dataset = self.replay_buffer = buffer
         self._set_returns()
-        self._bound = self._largest_return(buffer)
 
     def _set_returns(self) -> None:
         """Let the data give returns as this model wants them; another model may have the same buffer."""
-        buffer = self._offline_buffer
+        buffer = self._dataset
         if isinstance(buffer, OfflineReplayBuffer):
             buffer.n_steps, buffer.gamma, buffer.clip_rewards = self.n_steps, self.gamma, self.clip_rewards
 
-    def _check_spaces(self, buffer: ReplayBuffer) -> None:
+    def _check_replay_buffer(self, buffer: ReplayBuffer) -> None:
+        """Refuse a replay buffer that cannot be the dataset."""
+        if buffer.size() == 0:
+            raise ValueError("The replay buffer is empty; fill it before passing it as the dataset.")
+        if isinstance(buffer, OfflineReplayBuffer):  # gives what the model wants
+            return
+        n_steps, gamma = getattr(buffer, "n_steps", 1), getattr(buffer, "gamma", self.gamma)
+        if self.clip_rewards and n_steps > 1:
+            raise ValueError(
+                f"clip_rewards clips each reward, but {type(buffer).__name__} gives sums of n_steps={n_steps} of them. "
+                "Pass a Minari dataset, or clip the rewards when you fill the buffer."
+            )
+        if (n_steps, gamma) != (self.n_steps, self.gamma):
+            raise ValueError(
+                f"The replay buffer has n_steps={n_steps} and gamma={gamma}, the model {self.n_steps} and {self.gamma}."
+                " Set them alike, or pass a Minari dataset, which takes the model's."
+            )
+
+    def _compare_spaces(self, buffer: ReplayBuffer) -> None:
         for what, ours, theirs in (
             ("observation_space", buffer.observation_space, self.observation_space),
             ("action_space", buffer.action_space, self.action_space),
@@ -108,18 +203,27 @@ class OfflineQRDQN(QRDQN):
                     "frame_stack in dataset_kwargs."
                 )
 
-    def _largest_return(self, buffer: ReplayBuffer) -> float:
-        """Largest discounted return in the data, in the units of the Q values."""
-        if isinstance(buffer, OfflineReplayBuffer):
-            return buffer.largest_return(self.gamma, np.clip(buffer.rewards, -1, 1) if self.clip_rewards else None)
-        return float("nan")
+    def _check_policy(self, space: spaces.Space[Any]) -> None:
+        """Compare the policy's name with the observations; a features extractor of the user's own is not questioned."""
+        if self.policy_kwargs.get("features_extractor_class", FlattenExtractor) is not FlattenExtractor:
+            return
+        named = next((n for n, c in self.policy_aliases.items() if c is self.policy_class), None)
+        if named in ("MlpPolicy", "CnnPolicy") and isinstance(space, spaces.Dict):
+            raise ValueError(f"{named} cannot see Dict observations ({short_space(space)}). Use 'MultiInputPolicy'.")
+        if named == "CnnPolicy" and not is_image_space(space):
+            raise ValueError(f"CnnPolicy needs uint8 images, the dataset has {short_space(space)}. Use 'MlpPolicy'.")
+        if named == "MlpPolicy" and is_image_space(space):
+            raise ValueError(
+                f"MlpPolicy needs vectors, the dataset has images ({short_space(space)}). Use 'CnnPolicy'."
+            )
 
     def set_dataset(self, dataset: DatasetLike | ReplayBuffer) -> None:
         """
         Give a loaded model its data back, or other data of the same spaces.
 
-        In its own data the sampler of a loaded model goes on where it stood, so that training continues bit for bit.
-        Otherwise it starts anew, with a warning if the data of a loaded model has another size or is drawn another way.
+        In its own data the sampler of a loaded model continues where it stood, so that training continues bit for bit.
+        Otherwise it starts again, with a warning if the data of a loaded model has another size or is drawn another
+        way.
 
         :param dataset: as in the constructor
         :raises ValueError: if the spaces differ
@@ -128,7 +232,7 @@ class OfflineQRDQN(QRDQN):
         self._seed_sampler()
 
     def _seed_sampler(self) -> None:
-        buffer = self.replay_buffer
+        buffer = self._dataset
         if not isinstance(buffer, OfflineReplayBuffer):
             return
         priorities = self.dataset_kwargs.get("prioritized")
@@ -142,55 +246,15 @@ class OfflineQRDQN(QRDQN):
         else:
             warnings.warn(f"{problem}; so the sampler starts anew.", stacklevel=3)
 
-    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
-        """
-        Load what ``save_replay_buffer`` saved: the dataset; after :meth:`learn_online` the new transitions, and the
-        dataset with them if the model has none yet.
-
-        :param path: as in SB3
-        :param truncate_last_traj: as in SB3
-        :raises ValueError: if the spaces or ``n_steps`` differ from the model's
-        """
-        loaded = load_from_pkl(path, self.verbose)
-        if not isinstance(loaded, MixedReplayBuffer):
-            self.set_dataset(loaded)
-            return
-        online = loaded.online
-        self._check_spaces(online)
-        if not isinstance(online, OnlineReplayBuffer) or online.n_steps != self.n_steps:
-            raise ValueError(
-                f"The new transitions in the file ({type(online).__name__}, n_steps={getattr(online, 'n_steps', 1)}) "
-                f"are of another kind than this model's (OnlineReplayBuffer, n_steps={self.n_steps}). Load them into a "
-                "model like the one that saved them."
-            )
-        if self._offline_buffer is None:
-            self.set_dataset(loaded.offline)
-        online.device = self.device
-        self._online_buffer = online
+    def _make_replay_buffer(self) -> ReplayBuffer:
+        return MissingDataset(self.observation_space, self.action_space)
 
     def _setup_model(self) -> None:
-        # load() comes here without data; the smallest buffer keeps SB3 from allocating one for a million transitions
-        buffer, self.buffer_size, size = self.replay_buffer, 1, self.buffer_size
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The number of environments used is greater than the target")
-            super()._setup_model()
-        self.buffer_size, self.replay_buffer = size, buffer
-        self.replay_buffer_class, self.replay_buffer_kwargs = None, {}
-        nature = type(self.quantile_net.features_extractor) is NatureCNN  # others may not bear another layout
-        if nature:
-            self.policy.to(memory_format=th.channels_last)
-        self._online_forward, self._target_forward = self.quantile_net.forward, self.quantile_net_target.forward
-        if nature and self.quantile_net.normalize_images and is_image_space(self.observation_space):
-            self._online_forward = partial(_quantiles_of_images, self.quantile_net)
-            self._target_forward = partial(_quantiles_of_images, self.quantile_net_target)
-        if self.torch_compile:
-            self._online_forward = th.compile(self._online_forward)
-            self._target_forward = th.compile(self._target_forward)
-        self._forget_recordings()
+        self._train_metrics = MetricMeans()
+        self._last_means: dict[str, float] = {}
+        self._sampler_state = self._saved_sampler
+        super()._setup_model()  # type: ignore[safe-super]
         self._seed_sampler()
-
-    def _forget_recordings(self) -> None:
-        self._recorded_loss = RecordedLoss(self.quantile_net, lambda *x: self._loss(ReplayBufferSamples(*x)))
 
     def get_env(self) -> VecEnv | None:
         """
@@ -202,53 +266,12 @@ class OfflineQRDQN(QRDQN):
             return DummyVecEnv([lambda: OfflineEnv(self.observation_space, self.action_space)])
         return self.env
 
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """
-        Set the environment for :meth:`learn_online`.
-
-        :param env: environment with the dataset's spaces
-        :param force_reset: as in SB3
-        """
-        self.n_envs = env.num_envs if isinstance(env, VecEnv) else 1
-        super().set_env(env, force_reset)
-
-    def compute_loss(self, batch: Any) -> LossOutput:
-        """
-        The loss of each sample, graphed if that is wanted.
-
-        :param batch: samples of the replay buffer
-        :return: loss and TD error, ``[B]``, and metrics
-        """
-        if not self.cuda_graphs or self.device.type != "cuda":
-            return self._loss(batch)
-        # weights and indices of a batch are not its business
-        return self._recorded_loss(*(part for part in batch[: len(ReplayBufferSamples._fields)] if part is not None))
-
-    def _log_metrics(self) -> None:
-        """Not after each gradient step; see :meth:`dump_logs`."""
-
-    def _loss(self, batch: ReplayBufferSamples) -> LossOutput:
-        raise NotImplementedError
-
-    def _after_update(self) -> None:
-        if self._n_updates % self.target_update_interval == 0:
-            self._update_target()
-
-    def _update_target(self) -> None:
-        polyak_update(self.quantile_net.parameters(), self.quantile_net_target.parameters(), self.tau)
-        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
-
-    def _on_step(self) -> None:
-        # QRDQN counts environment steps to update the target network; here train() counts gradient steps
-        self.exploration_rate = self.exploration_schedule(self._current_progress_remaining)
-        self.logger.record("rollout/exploration_rate", self.exploration_rate)
-
     def learn(
         self,
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int | None = 1000,
-        tb_log_name: str = "CQL",
+        tb_log_name: str = "offline",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> Self:
@@ -265,18 +288,15 @@ class OfflineQRDQN(QRDQN):
         :raises ValueError: if a loaded model was not given its dataset
         :raises FloatingPointError: if the loss is not finite
         """
-        if self.replay_buffer is None:
+        if self._dataset is None:
             raise ValueError("There is no dataset: call set_dataset(dataset) after load().")
-        if isinstance(self.replay_buffer, MixedReplayBuffer):
-            self.replay_buffer = self._offline_buffer
-        self._offline = True
+        self.replay_buffer, self._online = self._dataset, False
         begin_statistics_of(self._vec_normalize_env, self.replay_buffer)
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         callback.on_training_start(locals(), globals())
-        self.exploration_rate = self.exploration_final_eps  # nothing is explored: what predict() does when not greedy
-        self._log_coverage()
+        self._log_dataset()
         while self.num_timesteps < total_timesteps:
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             self.num_timesteps += 1
@@ -289,6 +309,15 @@ class OfflineQRDQN(QRDQN):
         callback.on_training_end()
         return self
 
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        """
+        Run gradient steps on the dataset.
+
+        :param gradient_steps: number of steps
+        :param batch_size: samples per step
+        """
+        super().train(gradient_steps, batch_size)  # type: ignore[misc]
+
     def _setup_learn(
         self,
         total_timesteps: int,
@@ -297,11 +326,10 @@ class OfflineQRDQN(QRDQN):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        self._forget_recordings()  # they have the coefficients of then
         self._set_returns()
-        if not self._offline:
+        if self._online:
             return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        # BaseAlgorithm._setup_learn without its reset of the environment
+        # as BaseAlgorithm does, but there is no environment to reset
         self.start_time = time.time_ns()
         if self.ep_info_buffer is None or reset_num_timesteps:
             self.ep_info_buffer = deque(maxlen=self._stats_window_size)
@@ -318,31 +346,43 @@ class OfflineQRDQN(QRDQN):
             return self._total_timesteps, self._init_callback(callback, progress_bar)
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        if not (progress_bar and self._offline):
+        if not progress_bar or self._online:
             return super()._init_callback(callback, progress_bar)
-        inner = super()._init_callback(callback, progress_bar=False)
-        both = CallbackList([inner, OfflineProgressBar()])
+        both = CallbackList([super()._init_callback(callback, progress_bar=False), OfflineProgressBar()])
         both.init_callback(self)
         return both
 
+    def _log_metrics(self) -> None:
+        """Not after each gradient step; see :meth:`dump_logs`."""
+
+    def _judge(self, means: dict[str, float]) -> None:
+        """Look whether the means since the last log line are plausible."""
+
     def dump_logs(self) -> None:
-        """Write the means since the last call to the logger, and look whether the values are plausible."""
+        """Write the means since the last call to the logger."""
         means = self._train_metrics.flush()
         self._last_means = means or self._last_means
         for key, value in means.items():
             self.logger.record(f"train/{key}", value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if np.isfinite(self._bound) and "q_best" in means:
-            self.logger.record("train/largest_data_return", self._bound)
-            warn_on_overestimation(self, means["q_best"], self._bound)
-        super().dump_logs()
+        self._judge(means)
+        if self._online:
+            super().dump_logs()
+            return
+        seconds = max((time.time_ns() - self.start_time) / 1e9, sys.float_info.epsilon)
+        self.logger.record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / seconds))
+        self.logger.record("time/time_elapsed", int(seconds), exclude="tensorboard")
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(step=self.num_timesteps)
 
-    def _log_coverage(self) -> None:
-        if isinstance(self.replay_buffer, OfflineReplayBuffer):
-            share = self.replay_buffer.action_counts() / self.replay_buffer.buffer_size
+    def _log_dataset(self) -> None:
+        if not isinstance(self._dataset, OfflineReplayBuffer):
+            return
+        self.logger.record("dataset/behaviour_return", float(self._dataset.episode_returns().mean()))
+        if isinstance(self.action_space, spaces.Discrete):
+            share: NDArray[np.float64] = self._dataset.action_counts() / self._dataset.buffer_size
             self.logger.record("dataset/action_coverage", action_coverage(share))
             self.logger.record("dataset/rarest_action_share", float(share.min()))
-            self.logger.record("dataset/behaviour_return", float(self.replay_buffer.episode_returns().mean()))
 
     def save(
         self,
@@ -350,30 +390,55 @@ class OfflineQRDQN(QRDQN):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
-        """See SB3; without the dataset, with the place of the sampler in it."""
-        loaded = self._sampler_state
-        if isinstance(self._offline_buffer, OfflineReplayBuffer):
-            self._sampler_state = self._offline_buffer.sampler_state
-        try:
-            super().save(path, exclude, include)
-        finally:
-            self._sampler_state = loaded
+        """See SB3; without the dataset, with the place of the sampler in it. An older file stays until it is whole."""
+        data = self._dataset
+        self._saved_sampler = data.sampler_state if isinstance(data, OfflineReplayBuffer) else self._sampler_state
+        super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
-        return [
-            *super()._excluded_save_params(),
-            "_offline_buffer",
-            "_online_buffer",
-            "_last_means",
-            "_online_forward",
-            "_target_forward",
-            "_recorded_loss",
-            "_offline",
-        ]
+        names = ("replay_buffer", "_dataset", "_sampler_state", "_online", "_train_metrics", "_last_means")
+        return [*super()._excluded_save_params(), *names]
 
 
-def _quantiles_of_images(net: QuantileNetwork, observations: th.Tensor) -> th.Tensor:
-    """``net(observations)``, bit for bit; pixels are laid out channels last and scaled in place, without copies."""
-    pixels = observations.to(th.float32, memory_format=th.channels_last, copy=True).div_(255.0)
-    flat: th.Tensor = net.quantile_net(net.features_extractor(pixels))
-    return flat.view(-1, net.n_quantiles, int(net.action_space.n))
+def sampler_mismatch(buffer: OfflineReplayBuffer, state: Any) -> str | None:
+    """
+    Compare a saved sampler with the buffer it should continue in.
+
+    :param buffer: the data
+    :param state: ``sampler_state`` of the buffer that was saved
+    :return: why the sampler cannot continue there; None if it can
+    """
+    how = {True: "by priority", False: "uniformly"}
+    before, now = isinstance(state, Priorities), isinstance(buffer.sampler_state, Priorities)
+    if before != now:
+        return f"The model was saved with data drawn {how[before]}, and this data is drawn {how[now]}"
+    size = state.tree.capacity if before else state.get("items", buffer.buffer_size)
+    if size != buffer.buffer_size:
+        return f"The model was saved with data of {size} transitions, and this data has {buffer.buffer_size}"
+    return None
+
+
+def with_adam(policy_kwargs: dict[str, Any] | None, eps: float) -> dict[str, Any]:
+    """
+    Add the default optimizer, unless the user chose one: fused Adam, the same update in a fifth of the time.
+
+    :param policy_kwargs: of the user
+    :param eps: Adam's epsilon; lower takes larger steps where gradients are small
+    :return: arguments of the policy
+    """
+    given = policy_kwargs or {}
+    if "optimizer_class" in given:
+        return dict(given)
+    return {"optimizer_class": th.optim.Adam, "optimizer_kwargs": {"eps": eps, "fused": True}, **given}
+
+
+def short_space(space: spaces.Space[Any] | None) -> str:
+    """
+    Name a space without printing its bounds element by element.
+
+    :param space: any space
+    :return: short text
+    """
+    if isinstance(space, spaces.Box):
+        return f"Box({space.low.min()}, {space.high.max()}, {space.shape}, {space.dtype})"
+    return str(space)

@@ -69,21 +69,32 @@ class QRDQN(OffPolicy, sb3_contrib.QRDQN):
         :param batch: samples of the replay buffer
         :return: loss and TD error, ``[B]``
         """
-        return self._quantile_loss(batch, self.quantile_net(batch.observations))
-
-    def _next_quantiles(self, batch: ReplayBufferSamples) -> th.Tensor:
-        """Quantiles of the target net at the next observation, of the greedy action, ``[B, N]``."""
-        quantiles = self.quantile_net_target(batch.next_observations)
-        chooser = self.quantile_net(batch.next_observations) if getattr(self.policy, "double_q", False) else quantiles
-        return _of_action(quantiles, chooser.mean(dim=1).argmax(dim=1, keepdim=True))
-
-    def _quantile_loss(self, batch: ReplayBufferSamples, quantiles: th.Tensor) -> LossOutput:
-        """Loss given the online net's quantiles at the observations, ``[B, N, A]``."""
-        discounts = batch.discounts if batch.discounts is not None else self.gamma
+        quantiles = self.quantile_net(batch.observations)
         with th.no_grad():
-            target = batch.rewards + (1 - batch.dones) * discounts * self._next_quantiles(batch)
-        current = _of_action(quantiles, batch.actions)
-        return LossOutput(quantile_huber_loss(current, target), target.mean(1) - current.detach().mean(1), {})
+            following = self.quantile_net_target(batch.next_observations)
+            double_q = getattr(self.policy, "double_q", False)
+            chooser = self.quantile_net(batch.next_observations) if double_q else following
+            following = _of_action(following, chooser.mean(dim=1).argmax(dim=1, keepdim=True))
+        return quantile_td(batch, quantiles, following, self.gamma)
+
+
+def quantile_td(
+    batch: ReplayBufferSamples, quantiles: th.Tensor, next_quantiles: th.Tensor, gamma: float
+) -> LossOutput:
+    """
+    QR-DQN's loss of the actions taken, see :func:`~sb3_ext.losses.quantile_huber_loss`.
+
+    :param batch: samples of a replay buffer
+    :param quantiles: of the online network at the observations, ``[B, N, A]``
+    :param next_quantiles: of the target network at the next observations, of the action chosen there, ``[B, N]``
+    :param gamma: discount factor where the batch has none of its own
+    :return: loss, and TD error of the means over quantiles, ``[B]``
+    """
+    discounts = batch.discounts if batch.discounts is not None else gamma
+    with th.no_grad():
+        target = batch.rewards + (1 - batch.dones) * discounts * next_quantiles
+    current = _of_action(quantiles, batch.actions)
+    return LossOutput(quantile_huber_loss(current, target), target.mean(1) - current.detach().mean(1), {})
 
 
 def _of_action(quantiles: th.Tensor, actions: th.Tensor) -> th.Tensor:

@@ -34,16 +34,18 @@ from sb3_ext.zoo.config import (
     resolve,
 )
 from sb3_ext.zoo.runs import (
+    Checkpoints,
     Run,
     continue_evaluations,
     list_runs,
     new_run,
     numbered_buffer,
     replay_buffer_of,
+    save,
     slug,
     steps_of,
+    tidy,
 )
-from sb3_ext.zoo.saving import Checkpoints, save, tidy
 from sb3_ext.zoo.tasks import Task, find_task, make_dataset_envs, make_envs, policy_for
 
 EVAL_FREQ = 25_000

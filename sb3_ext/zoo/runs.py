@@ -6,22 +6,24 @@ In a run that is trained in parts nothing that was saved gets lost, and the disk
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shlex
 import uuid
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import yaml
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_ext.zoo.config import ZooError
+from sb3_ext.zoo.settings import TrainSettings
 
 KEEP = 2
 """Replay buffers to keep in a run that is trained in parts: the newest, and one in case that it cannot be read."""
@@ -93,21 +95,21 @@ class Run:
         path = self.path / self.name / f"{name}.yml"
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
 
-    def write_start(self, args: argparse.Namespace, settings: dict[str, Any], command: list[str]) -> None:
+    def write_start(self, settings: TrainSettings, hyperparams: dict[str, Any], words: list[str]) -> None:
         """
         Note how the run was started; when it goes on, only the command is added.
 
-        :param args: the command line's flags
-        :param settings: the configuration
-        :param command: the command line
+        :param settings: the command line's flags, for ``args.yml``
+        :param hyperparams: for ``config.yml``
+        :param words: the command line
         """
         folder = self.path / self.name
         folder.mkdir(exist_ok=True)
-        for name, content in (("args", vars(args)), ("config", settings)):
+        for name, content in (("args", asdict(settings)), ("config", hyperparams)):
             if not (file := folder / f"{name}.yml").exists():
                 file.write_text(yaml.safe_dump(content), encoding="utf-8")
         with (self.path / "command.txt").open("a", encoding="utf-8") as log:
-            log.write(shlex.join(["sb3x", *command]) + "\n")
+            log.write(shlex.join(["sb3x", *words]) + "\n")
 
 
 def steps_of(path: Path) -> int | None:
@@ -242,16 +244,16 @@ def continue_evaluations(callback: EvalCallback, path: Path, steps: int) -> None
         callback.best_mean_reward = float(results.mean(axis=1).max())
 
 
-def save(model: Any, path: Path, buffer: Path | None) -> None:
+def save(model: BaseAlgorithm, path: Path, buffer: Path | None) -> None:
     """
     Save a model, and its replay buffer before it: wherever this is cut off, a model's buffer is there.
 
-    :param model: the model
+    :param model: the model, an off-policy one if its buffer is saved
     :param path: the model's file
     :param buffer: the buffer's file; None: it is not saved
     """
     if buffer is not None:
-        model.save_replay_buffer(buffer)
+        cast(OffPolicyAlgorithm, model).save_replay_buffer(buffer)
     model.save(path)
 
 

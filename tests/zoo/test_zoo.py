@@ -24,8 +24,9 @@ from stable_baselines3.common.utils import LinearSchedule
 from sb3_ext import BC, CQL, DQN, EfficientZeroV2, PrioritizedReplayBuffer, record
 from sb3_ext.data import make_atari_env
 from sb3_ext.zoo.config import Algo, ZooError, _argument, known_algos, load_algo, parse_overrides, read_entries, resolve
-from sb3_ext.zoo.main import build_parser, main
+from sb3_ext.zoo.main import main
 from sb3_ext.zoo.runs import Run, find_run, list_runs, new_run, replay_buffer_of, steps_of
+from sb3_ext.zoo.settings import TrainSettings
 from sb3_ext.zoo.tasks import find_task, make_envs
 
 DATASET = "cartpole/random-v0"
@@ -339,8 +340,8 @@ def test_the_most_specific_entry_wins() -> None:
 
 
 def test_entries_of_a_task(here: Path) -> None:
-    args = build_parser().parse_args(["train", "--algo", "cql", "--dataset", "atari/breakout-v0"])
-    task = find_task(args, load_algo("cql"), download=False)
+    settings = TrainSettings(algo="cql", dataset="atari/breakout-v0")
+    task = find_task(settings, load_algo("cql"), download=False)
     assert task.entries == ["atari/breakout-v0", "ALE/Breakout-v5", "atari"]
     assert task.policy == "CnnPolicy"
 
@@ -358,7 +359,7 @@ def test_values() -> None:
     schedule = config.arguments["learning_rate"]
     assert isinstance(schedule, LinearSchedule)
     assert schedule(0.5) == pytest.approx(0.0005)
-    assert config.settings["learning_rate"] == "lin_0.001", "stays plain YAML"
+    assert config.hyperparams["learning_rate"] == "lin_0.001", "stays plain YAML"
     assert config.arguments["batch_size"] == 64
     assert isinstance(config.arguments["batch_size"], int)
     assert config.arguments["dataset_kwargs"] == {"subset": 0.5, "frame_stack": 2}
@@ -386,7 +387,7 @@ def test_every_stored_key_is_a_constructor_argument(name: str) -> None:
         assert arguments <= set(algo.parameters), entry
         config = resolve(algo, name, entries, [entry], {})
         assert config.n_timesteps > 0
-        assert config.settings == {"policy": "auto", **settings}, "stored as numbers, whoever reads the file"
+        assert config.hyperparams == {"policy": "auto", **settings}, "stored as numbers, whoever reads the file"
 
 
 def test_the_papers_atari_settings() -> None:

@@ -94,7 +94,7 @@ def build(device: str, overrides: dict[str, Any]) -> tuple[EfficientZeroV2, Any]
     config = resolve(algo, *read_entries(algo, None), ["atari"], overrides)
     check_env_id("ALE/Breakout-v5")
     env = make_envs("ALE/Breakout-v5", n_envs=config.n_envs, seed=0, frame_stack=config.frame_stack, training=True)
-    return EfficientZeroV2(env=env, seed=0, device=device, **config.arguments), config.settings
+    return EfficientZeroV2(env=env, seed=0, device=device, **config.arguments), config.hyperparams
 
 
 def fill(model: EfficientZeroV2, steps: int) -> dict[str, float]:

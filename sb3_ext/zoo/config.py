@@ -126,9 +126,9 @@ class Algo:
 @dataclass(frozen=True)
 class Config:
     """
-    The settings of one run.
+    The hyper-parameters of one run.
 
-    :param settings: as in the YAML entry, overrides applied
+    :param hyperparams: as in the YAML entry, overrides applied
     :param source: file and entry they come from
     :param n_timesteps: length of the run
     :param n_envs: copies of the training environment
@@ -136,7 +136,7 @@ class Config:
     :param arguments: constructor arguments, schedules built
     """
 
-    settings: dict[str, Any]
+    hyperparams: dict[str, Any]
     source: str
     n_timesteps: int
     n_envs: int
@@ -197,7 +197,7 @@ def parse_overrides(algo: Algo, words: Sequence[str] | None) -> dict[str, Any]:
 
     :param algo: the algorithm
     :param words: from the command line
-    :return: the settings
+    :return: the hyper-parameters
     :raises ZooError: if a word has no colon, its value is not plain YAML, or the algorithm does not know the key
     """
     overrides: dict[str, Any] = {}
@@ -232,21 +232,21 @@ def read_entries(algo: Algo, conf_file: str | None) -> tuple[str, dict[str, dict
     entries = _safe_load(text, name)
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ZooError(f"{name} must map names of datasets or environments, 'atari' or 'default', to settings.")
-    for entry, settings in entries.items():
-        check_keys(algo, settings, f"{name}, entry {entry!r}")
-    return name, {str(entry): settings for entry, settings in entries.items()}
+    for entry, hyperparams in entries.items():
+        check_keys(algo, hyperparams, f"{name}, entry {entry!r}")
+    return name, {str(entry): hyperparams for entry, hyperparams in entries.items()}
 
 
-def check_keys(algo: Algo, settings: dict[str, Any], where: str) -> None:
+def check_keys(algo: Algo, hyperparams: dict[str, Any], where: str) -> None:
     """
     Refuse what is no constructor argument.
 
     :param algo: the algorithm
-    :param settings: the settings
+    :param hyperparams: the hyper-parameters
     :param where: file and entry, for the message
     :raises ZooError: naming the key, the place and the closest match
     """
-    for key in settings:
+    for key in hyperparams:
         if key in FLAGS:
             raise ZooError(f"{where}: {key!r} is not set there; use the flag {FLAGS[key]}.")
         if key not in algo.keys:
@@ -254,7 +254,7 @@ def check_keys(algo: Algo, settings: dict[str, Any], where: str) -> None:
     from sb3_ext.data import load_minari
 
     known = set(inspect.signature(load_minari).parameters) - {"dataset", "n_steps", "gamma", "device"}
-    for key in settings.get("dataset_kwargs") or {}:
+    for key in hyperparams.get("dataset_kwargs") or {}:
         if key not in known:
             raise ZooError(f"{where}: dataset_kwargs has no setting {key!r}; {hint(str(key), known)}")
 
@@ -275,7 +275,7 @@ def resolve(
     :param file: name of the file of the entries
     :param entries: see :func:`read_entries`
     :param names: entries to look for, the most specific first; ``default`` is always the last
-    :param overrides: settings that win over the entry's
+    :param overrides: hyper-parameters that win over the entry's
     :param n_timesteps: likewise for the length, if it is positive
     :param auto_policy: what ``policy: auto`` means, if that is known yet
     :return: the configuration
@@ -286,26 +286,26 @@ def resolve(
     if entry is None:
         raise ZooError(f"{file} has none of the entries {', '.join(map(repr, names))}; add one.")
     source = f"{file}: {entry}"
-    settings = {"policy": "auto", **entries[entry], **overrides}
+    hyperparams = {"policy": "auto", **entries[entry], **overrides}
     if n_timesteps > 0:
-        settings["n_timesteps"] = n_timesteps
-    if settings["policy"] == "auto" and auto_policy:
-        settings["policy"] = auto_policy
+        hyperparams["n_timesteps"] = n_timesteps
+    if hyperparams["policy"] == "auto" and auto_policy:
+        hyperparams["policy"] = auto_policy
     for key in ("n_timesteps", "n_envs", "frame_stack"):
-        if settings.get(key) is not None:
-            settings[key] = _positive(settings[key], key, source)
-    if "n_timesteps" not in settings:
+        if hyperparams.get(key) is not None:
+            hyperparams[key] = _positive(hyperparams[key], key, source)
+    if "n_timesteps" not in hyperparams:
         raise ZooError(f"{source} does not say how long to train; add n_timesteps or pass -n.")
     parameters = algo.parameters
     # a copy, because algorithms write into policy_kwargs
-    arguments = {k: _argument(k, v, parameters[k], source) for k, v in deepcopy(settings).items() if k in parameters}
-    if algo.offline and settings.get("frame_stack"):
+    arguments = {k: _argument(k, v, parameters[k], source) for k, v in deepcopy(hyperparams).items() if k in parameters}
+    if algo.offline and hyperparams.get("frame_stack"):
         arguments["dataset_kwargs"] = {
             **(arguments.get("dataset_kwargs") or {}),
-            "frame_stack": settings["frame_stack"],
+            "frame_stack": hyperparams["frame_stack"],
         }
-    stack = (arguments.get("dataset_kwargs") or {}).get("frame_stack") or settings.get("frame_stack")
-    return Config(settings, source, settings["n_timesteps"], settings.get("n_envs", 1), stack, arguments)
+    stack = (arguments.get("dataset_kwargs") or {}).get("frame_stack") or hyperparams.get("frame_stack")
+    return Config(hyperparams, source, hyperparams["n_timesteps"], hyperparams.get("n_envs", 1), stack, arguments)
 
 
 def _positive(value: Any, key: str, where: str) -> int:

@@ -1,10 +1,10 @@
-"""``sb3x data``: make datasets."""
+"""``sb3x data``: make datasets, publish and download them, and look at them."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+import minari
 import numpy as np
 
 from sb3_ext.data import (
@@ -23,113 +23,117 @@ from sb3_ext.data import (
     write_dataset,
 )
 from sb3_ext.zoo.config import one_line_errors
+from sb3_ext.zoo.settings import (
+    ConvertSettings,
+    DownloadSettings,
+    PlaySettings,
+    PublishSettings,
+    SampleSettings,
+    ShowSettings,
+    VerifySettings,
+)
 from sb3_ext.zoo.tasks import check_env_id, make_env
 
 
-def play(args: argparse.Namespace, words: list[str]) -> None:
+def play_command(settings: PlaySettings) -> None:
     """
     Let a person play an environment and write the episodes as a dataset.
 
-    :param args: the command line's flags
-    :param words: the command line
+    :param settings: the command line's flags
     :raises ZooError: if something is wrong that the user can put right; always before the first game, except that a
         dataset cannot be written
     """
-    check_env_id(args.env_id)
+    check_env_id(settings.env_id)
     with one_line_errors():
-        env = make_env(args.env_id, render_mode="rgb_array")
-        check_new_dataset(args.id, env, overwrite=args.overwrite)
-        keys = parse_keys(args.keys) if args.keys else default_keys(env)
-        episodes = play_episodes(env, args.episodes, keys=keys, fps=args.fps, size=args.size, seed=args.seed)
+        env = make_env(settings.env_id, render_mode="rgb_array")
+        check_new_dataset(settings.id, env, overwrite=settings.overwrite)
+        keys = parse_keys(settings.keys) if settings.keys else default_keys(env)
+        episodes = play_episodes(
+            env, settings.episodes, keys=keys, fps=settings.fps, size=settings.size, seed=settings.seed
+        )
     if not episodes:
         print("No episode was finished; nothing is written.")
         return
     steps = sum(len(e.rewards) for e in episodes)
     with one_line_errors():
         dataset = write_dataset(
-            args.id,
+            settings.id,
             episodes,
             env,
             algorithm_name="human",
-            author=args.author,
-            description=f"{len(episodes)} episodes ({steps} steps) of {args.env_id} by a person at the keyboard.",
+            author=settings.author,
+            description=f"{len(episodes)} episodes ({steps} steps) of {settings.env_id} by a person at the keyboard.",
             metadata={"keys": describe_keys(keys)},
-            overwrite=args.overwrite,
+            overwrite=settings.overwrite,
         )
     env.close()
-    returns = dataset.storage.metadata["behaviour_return"]
-    print(f"{args.id}: {len(episodes)} episodes, {steps} steps, mean return {returns['mean']:.1f}")
+    _print_totals(settings.id, dataset)
 
 
-def convert(args: argparse.Namespace, words: list[str]) -> None:
+def convert_command(settings: ConvertSettings) -> None:
     """
     Convert a log of the DQN Replay Dataset's format to a Minari dataset.
 
-    :param args: the command line's flags
-    :param words: the command line
+    :param settings: the command line's flags
     :raises ZooError: if something is wrong that the user can put right
     """
-    if args.env:
-        check_env_id(args.env)
-    subset = args.subset or ("author" if args.fraction < 1 else None)
+    if settings.env:
+        check_env_id(settings.env)
+    subset = settings.subset or ("author" if settings.fraction < 1 else None)
     with one_line_errors():
         dataset = convert_dqn_replay(
-            args.folder,
-            args.id,
-            game=args.game,
-            run=args.run,
+            settings.folder,
+            settings.id,
+            game=settings.game,
+            run=settings.run,
             subset=subset,
-            fraction=args.fraction,
-            seed=args.seed,
-            verify=not args.no_verify,
-            workers=args.workers,
-            engine=args.engine,
-            env=make_env(args.env) if args.env else None,
-            overwrite=args.overwrite,
+            fraction=settings.fraction,
+            seed=settings.seed,
+            verify=not settings.no_verify,
+            workers=settings.workers,
+            engine=settings.engine,
+            env=make_env(settings.env) if settings.env else None,
+            overwrite=settings.overwrite,
             report=print,
         )
-    metadata = dataset.storage.metadata
-    for note in metadata["notes"]:
+    for note in dataset.storage.metadata["notes"]:
         print(f"note: {note}")
-    returns = metadata["behaviour_return"]
-    print(
-        f"{args.id}: {dataset.total_episodes} episodes, {dataset.total_steps} steps, mean return {returns['mean']:.1f}"
-    )
+    _print_totals(settings.id, dataset)
 
 
-def publish_command(args: argparse.Namespace, words: list[str]) -> None:
+def _print_totals(dataset_id: str, dataset: minari.MinariDataset) -> None:
+    mean = dataset.storage.metadata["behaviour_return"]["mean"]
+    print(f"{dataset_id}: {dataset.total_episodes} episodes, {dataset.total_steps} steps, mean return {mean:.1f}")
+
+
+def publish_command(settings: PublishSettings) -> None:
     """
     Publish a dataset of this machine.
 
-    :param args: the command line's flags
-    :param words: the command line
+    :param settings: the command line's flags
     :raises ZooError: if something is wrong that the user can put right
     """
     with one_line_errors():
-        address = publish(args.dataset, args.to, overwrite=args.overwrite, token=args.token, report=print)
+        address = publish(
+            settings.dataset, settings.to, overwrite=settings.overwrite, token=settings.token, report=print
+        )
     print(f"published; get it with: sb3x data download {address}")
 
 
-def download_command(args: argparse.Namespace, words: list[str]) -> None:
+def download_command(settings: DownloadSettings) -> None:
     """
     Download a dataset.
 
-    :param args: the command line's flags
-    :param words: the command line
+    :param settings: the command line's flags
     :raises ZooError: if something is wrong that the user can put right
     """
     with one_line_errors():
-        dataset_id = download(args.address, overwrite=args.overwrite, token=args.token, report=print)
+        dataset_id = download(settings.address, overwrite=settings.overwrite, token=settings.token, report=print)
     print(f"{dataset_id} is here; every file is verified")
 
 
-def list_(args: argparse.Namespace, words: list[str]) -> None:
-    """
-    Print a table of the datasets on this machine.
-
-    :param args: the command line's flags
-    :param words: the command line
-    """
+def list_command() -> None:
+    """Print a table of the datasets on this machine."""
     rows = list_datasets()
     if not rows:
         print("There are no datasets on this machine.")
@@ -158,48 +162,45 @@ def list_(args: argparse.Namespace, words: list[str]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def show(args: argparse.Namespace, words: list[str]) -> None:
-    """
-    Draw an episode and the histogram of returns.
-
-    :param args: the command line's flags
-    :param words: the command line
-    :raises ZooError: if something is wrong that the user can put right
-    """
-    path = args.out or Path(f"{args.dataset.strip('/').replace('/', '-')}.png")
-    with one_line_errors():
-        print(f"Written: {show_dataset(args.dataset, path, episode=args.episode, frames=args.frames)}")
-
-
-def verify(args: argparse.Namespace, words: list[str]) -> int:
+def verify_command(settings: VerifySettings) -> int:
     """
     Check a dataset and say whether CQL can be expected to learn from it.
 
-    :param args: the command line's flags
-    :param words: the command line
+    :param settings: the command line's flags
     :return: exit code: 1 if the dataset has errors
     :raises ZooError: if there is no such dataset
     """
     with one_line_errors():
-        report = verify_dataset(args.dataset)
+        report = verify_dataset(settings.dataset)
     print(report)
     return 0 if report.ok else 1
 
 
-def sample(args: argparse.Namespace, words: list[str]) -> None:
+def show_command(settings: ShowSettings) -> None:
+    """
+    Draw an episode and the histogram of returns.
+
+    :param settings: the command line's flags
+    :raises ZooError: if something is wrong that the user can put right
+    """
+    path = settings.out or Path(f"{settings.dataset.strip('/').replace('/', '-')}.png")
+    with one_line_errors():
+        print(f"Written: {show_dataset(settings.dataset, path, episode=settings.episode, frames=settings.frames)}")
+
+
+def sample_command(settings: SampleSettings) -> None:
     """
     Print a few transitions, or write them to a file.
 
-    :param args: the command line's flags
-    :param words: the command line
+    :param settings: the command line's flags
     :raises ZooError: if something is wrong that the user can put right
     """
     with one_line_errors():
-        transitions = sample_transitions(args.dataset, args.n, args.seed)
-        if args.out is None:
+        transitions = sample_transitions(settings.dataset, settings.n, settings.seed)
+        if settings.out is None:
             print("\n".join(transitions.lines()))
             return
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("wb") as file:
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        with settings.out.open("wb") as file:
             np.savez_compressed(file, **vars(transitions))
-    print(f"{len(transitions.rewards)} transitions written: {args.out}")
+    print(f"{len(transitions.rewards)} transitions written: {settings.out}")

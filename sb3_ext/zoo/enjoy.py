@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -20,91 +19,87 @@ from tqdm import tqdm
 
 from sb3_ext.zoo.config import Algo, ZooError, load_algo, one_line_errors
 from sb3_ext.zoo.runs import Run, find_run, list_runs, slug
-from sb3_ext.zoo.tasks import Task, check_env_id, find_task, is_atari, make_dataset_envs, make_envs
-from sb3_ext.zoo.train import check_fits
+from sb3_ext.zoo.settings import EnjoySettings
+from sb3_ext.zoo.tasks import Task, check_env_id, find_task, is_atari, make_model_envs
 
 _INSTALL = 'pip install "sb3-ext[report]"'
 
 
-def enjoy(args: argparse.Namespace, words: list[str]) -> None:
+def enjoy(settings: EnjoySettings) -> None:
     """
     Play with a trained agent.
 
-    :param args: the command line's flags
-    :param words: the command line
+    :param settings: the command line's flags
     :raises ZooError: if something is wrong that the user can put right
     """
-    algo = load_algo(args.algo)
-    if args.video:
-        _check_video(args)
+    algo = load_algo(settings.algo)
+    if settings.video:
+        _check_video(settings.video)
     with one_line_errors():
-        task = _find_task(args, algo)
-        run = find_run(args.folder, algo.name, slug(task.name), args.exp_id)
-        path = _choose_model(args, run)
-        set_random_seed(args.seed)
-        if args.num_threads > 0:
-            th.set_num_threads(args.num_threads)
+        task = _find_task(settings, algo)
+        run = find_run(settings.folder, algo.name, slug(task.name), settings.exp_id)
+        path = _choose_model(settings, run)
+        set_random_seed(settings.seed)
+        if settings.num_threads > 0:
+            th.set_num_threads(settings.num_threads)
         # nothing is learned, so the smallest and simplest buffer will do
         small = {"buffer_size": 1, "n_steps": 1, "replay_buffer_kwargs": {}, "optimize_memory_usage": False}
         kwargs: dict[str, Any] = small if algo.replays else {}
-        model = algo.cls.load(path, device=args.device, **kwargs)
-        if args.verbose > 0:
+        model = algo.cls.load(path, device=settings.device, **kwargs)
+        if settings.verbose > 0:
             print(f"Loading {path} ({model.num_timesteps} steps)")
         frame_stack = _frame_stack(run)
 
     def make(render_mode: str | None) -> VecEnv:
-        common: dict[str, Any] = {"n_envs": args.n_envs, "seed": args.seed, "frame_stack": frame_stack}
         with one_line_errors():
-            if task.env:
-                env = make_envs(task.env, like=model.observation_space, render_mode=render_mode, **common)
-            else:
-                env = make_dataset_envs(task, render_mode=render_mode, **common)
-        try:
-            check_fits(model, env)
-        except ZooError:
-            env.close()
-            raise
-        return env
+            return make_model_envs(
+                task,
+                model,
+                n_envs=settings.n_envs,
+                seed=settings.seed,
+                frame_stack=frame_stack,
+                render_mode=render_mode,
+            )
 
-    env, observation = _open(args, make)
-    deterministic = args.deterministic or not (args.stochastic or task.atari)
+    env, observation = _open(settings, make)
+    deterministic = settings.deterministic or not (settings.stochastic or task.atari)
     try:
-        with _video(args.video, env) as on_frame:
-            returns, lengths = _play(args, model, env, observation, deterministic, on_frame)
+        with _video(settings.video, env) as on_frame:
+            returns, lengths = _play(settings, model, env, observation, deterministic, on_frame)
     finally:
         env.close()
-    if args.verbose > 0:
-        if args.video:
-            print(f"Video: {args.video}")
+    if settings.verbose > 0:
+        if settings.video:
+            print(f"Video: {settings.video}")
         if returns:
             print(f"{len(returns)} Episodes")
             print(f"Mean reward: {np.mean(returns):.2f} +/- {np.std(returns):.2f}")
             print(f"Mean episode length: {np.mean(lengths):.2f} +/- {np.std(lengths):.2f}")
         else:
-            print(f"No episode ended within {args.n_timesteps} steps; play more with -n.")
+            print(f"No episode ended within {settings.n_timesteps} steps; play more with -n.")
 
 
-def _find_task(args: argparse.Namespace, algo: Algo) -> Task:
+def _find_task(settings: EnjoySettings, algo: Algo) -> Task:
     """Like :func:`find_task`, but an offline agent may also be found by the environment of its dataset."""
-    if not algo.offline or args.dataset or not args.env:
-        return find_task(args, algo, download=False)
-    check_env_id(args.env)
-    fitting = {run.name for run in list_runs(args.folder, algo.name) if run.read("args").get("env") == args.env}
+    if not algo.offline or settings.dataset or not settings.env:
+        return find_task(settings, algo, download=False)
+    check_env_id(settings.env)
+    fitting = {run.name for run in list_runs(settings.folder, algo.name) if run.read("args").get("env") == settings.env}
     if len(fitting) > 1:
         raise ZooError(
-            f"There are runs of several datasets of {args.env}: {', '.join(sorted(fitting))}; pass --dataset."
+            f"There are runs of several datasets of {settings.env}: {', '.join(sorted(fitting))}; pass --dataset."
         )
-    name = fitting.pop() if fitting else args.env
-    return Task(name, None, args.env, args.env, is_atari(args.env))
+    name = fitting.pop() if fitting else settings.env
+    return Task(name, None, settings.env, settings.env, is_atari(settings.env))
 
 
-def _choose_model(args: argparse.Namespace, run: Run) -> Path:
+def _choose_model(settings: EnjoySettings, run: Run) -> Path:
     there = run.checkpoints()
-    if args.load_best:
+    if settings.load_best:
         path = run.best
-    elif args.load_checkpoint is not None:
-        path = run.path / f"rl_model_{args.load_checkpoint}_steps.zip"
-    elif args.load_last_checkpoint:
+    elif settings.load_checkpoint is not None:
+        path = run.path / f"rl_model_{settings.load_checkpoint}_steps.zip"
+    elif settings.load_last_checkpoint:
         if not there:
             raise ZooError(f"There is no checkpoint in {run.path}.")
         path = there[max(there)]
@@ -117,14 +112,14 @@ def _choose_model(args: argparse.Namespace, run: Run) -> Path:
 
 
 def _frame_stack(run: Run) -> int | None:
-    settings = run.read("config")
-    return (settings.get("dataset_kwargs") or {}).get("frame_stack") or settings.get("frame_stack")
+    hyperparams = run.read("config")
+    return (hyperparams.get("dataset_kwargs") or {}).get("frame_stack") or hyperparams.get("frame_stack")
 
 
-def _open(args: argparse.Namespace, make: Callable[[str | None], VecEnv]) -> tuple[VecEnv, Any]:
+def _open(settings: EnjoySettings, make: Callable[[str | None], VecEnv]) -> tuple[VecEnv, Any]:
     """Build the environment and reset it, with a window if one is asked for and can be opened."""
     reason = ""
-    if args.render:
+    if settings.render:
         if sys.platform != "linux" or any(v in os.environ for v in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")):
             env = make("human")
             try:
@@ -133,12 +128,12 @@ def _open(args: argparse.Namespace, make: Callable[[str | None], VecEnv]) -> tup
                 env.close()
                 reason = " ".join(str(error).split())
         print(f"No window can be opened ({reason or 'there is no display'}); going on without. --video FILE.gif works.")
-    env = make("rgb_array" if args.video else None)
+    env = make("rgb_array" if settings.video else None)
     return env, env.reset()
 
 
 def _play(
-    args: argparse.Namespace,
+    settings: EnjoySettings,
     model: BaseAlgorithm,
     env: VecEnv,
     observation: Any,
@@ -152,24 +147,24 @@ def _play(
     starts = np.ones(env.num_envs, bool)
     on_frame()
     try:
-        for _ in tqdm(range(args.n_timesteps), disable=not args.progress):
+        for _ in tqdm(range(settings.n_timesteps), disable=not settings.progress):
             action, state = model.predict(observation, state, starts, deterministic)
             observation, _, starts, infos = env.step(action)
             on_frame()
             for episode in (info["episode"] for info in infos if "episode" in info):
                 returns.append(float(episode["r"]))
                 lengths.append(int(episode["l"]))
-                if args.verbose > 0:
+                if settings.verbose > 0:
                     print(f"Episode Reward: {episode['r']:.2f}\nEpisode Length {episode['l']}")
     except KeyboardInterrupt:
         pass
     return returns, lengths
 
 
-def _check_video(args: argparse.Namespace) -> None:
-    needs = {".gif": ["imageio"], ".mp4": ["imageio", "imageio_ffmpeg"]}.get(Path(args.video).suffix.lower())
+def _check_video(file: str) -> None:
+    needs = {".gif": ["imageio"], ".mp4": ["imageio", "imageio_ffmpeg"]}.get(Path(file).suffix.lower())
     if needs is None:
-        raise ZooError(f"--video: the file must end in .gif or .mp4, got {args.video}.")
+        raise ZooError(f"--video: the file must end in .gif or .mp4, got {file}.")
     missing = [name for name in needs if find_spec(name) is None]
     if missing:
         raise ZooError(f"--video needs {' and '.join(missing)}: {_INSTALL}")

@@ -5,22 +5,37 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias, assert_never
 
 from sb3_ext import __version__
 from sb3_ext.data import ENGINES, SUBSETS
+from sb3_ext.zoo import data
 from sb3_ext.zoo.config import ZooError
+from sb3_ext.zoo.settings import (
+    AgentSettings,
+    ConvertSettings,
+    DownloadSettings,
+    EnjoySettings,
+    ListSettings,
+    PlaySettings,
+    PublishSettings,
+    SampleSettings,
+    Settings,
+    ShowSettings,
+    TrainSettings,
+    VerifySettings,
+)
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-def _verb(module: str, name: str) -> Callable[[argparse.Namespace, list[str]], int]:
-    """Function of a command, imported when it is called: only training and playing need PyTorch."""
-
-    def call(args: argparse.Namespace, words: list[str]) -> int:
-        return getattr(import_module(f"sb3_ext.zoo.{module}"), name)(args, words) or 0
-
-    return call
+def _verb(verbs: Verbs, name: str, help_text: str, settings: type[Settings]) -> argparse.ArgumentParser:
+    """Add a command; flags that are not given are left to the defaults of its settings."""
+    parser = verbs.add_parser(name, help=help_text, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.set_defaults(settings=settings)
+    return parser
 
 
 def _steps(text: str) -> int:
@@ -39,27 +54,26 @@ def _add_common(parser: argparse.ArgumentParser, folder: tuple[str, ...]) -> Non
     parser.add_argument("--algo", required=True, help=f"algorithm: {known}, or another one that is installed")
     parser.add_argument("--env", help="environment id, for instance CartPole-v1")
     parser.add_argument("--dataset", help="id or path of a Minari dataset")
-    parser.add_argument(*folder, default="logs", help="log folder (default: logs)")
-    parser.add_argument("--device", default="auto", help="PyTorch device: cpu, cuda, auto (default)")
-    parser.add_argument(
-        "--num-threads", type=int, default=-1, help="threads for PyTorch (default -1: PyTorch's choice)"
-    )
+    parser.add_argument(*folder, help="log folder (default: logs)")
+    parser.add_argument("--device", help="PyTorch device: cpu, cuda, auto (default)")
+    parser.add_argument("--num-threads", type=int, help="threads for PyTorch (default -1: PyTorch's choice)")
     parser.add_argument("-P", "--progress", action="store_true", help="show a progress bar")
-    parser.add_argument("--verbose", type=int, default=1, help="0: quiet, 1: messages (default), 2: tracebacks too")
+    parser.add_argument("--verbose", type=int, help="0: quiet, 1: messages (default), 2: tracebacks too")
 
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
+def _add_train(verbs: Verbs) -> None:
+    parser = _verb(verbs, "train", "train an agent", TrainSettings)
     add = parser.add_argument
     _add_common(parser, ("-f", "--log-folder"))
-    add("-n", "--n-timesteps", type=_steps, default=-1, help="steps; gradient steps if learning from a dataset")
-    add("-tb", "--tensorboard-log", default="", metavar="DIR", help="TensorBoard folder")
-    add("--seed", type=int, default=-1, help="seed (default: random)")
+    add("-n", "--n-timesteps", type=_steps, help="steps; gradient steps if learning from a dataset")
+    add("-tb", "--tensorboard-log", metavar="DIR", help="TensorBoard folder")
+    add("--seed", type=int, help="seed (default: random)")
     add("--eval-freq", type=_steps, help="steps between evaluations; negative for none (default 25000, see docs)")
-    add("--eval-episodes", type=int, default=5, help="episodes per evaluation (default 5)")
-    add("--n-eval-envs", type=int, default=1, help="copies of the evaluation environment (default 1)")
-    add("--save-freq", type=_steps, default=-1, help="steps between checkpoints (default: none; with --resume n/20)")
+    add("--eval-episodes", type=int, help="episodes per evaluation (default 5)")
+    add("--n-eval-envs", type=int, help="copies of the evaluation environment (default 1)")
+    add("--save-freq", type=_steps, help="steps between checkpoints (default: none; with --resume n/20)")
     add("--save-replay-buffer", action="store_true", help="save the replay buffer too (always with --resume)")
-    add("--log-interval", type=int, default=-1, help="as in learn(); -1: the algorithm's default, -2: no logging")
+    add("--log-interval", type=int, help="as in learn(); -1: the algorithm's default, -2: no logging")
     more = parser.add_mutually_exclusive_group()
     more.add_argument("-i", "--trained-agent", metavar="ZIP", help="train this model for n more steps, in a new run")
     more.add_argument("--resume", action="store_true", help="continue the latest run until it has n steps in all")
@@ -67,14 +81,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("-conf", "--conf-file", metavar="YML", help="hyper-parameters to use instead of the stored ones")
     add("-uuid", "--uuid", action="store_true", help="add a unique id to the run's folder")
     add("--dry-run", action="store_true", help="print the configuration as YAML and stop")
-    parser.set_defaults(function=_verb("train", "train"))
 
 
-def _add_enjoy(parser: argparse.ArgumentParser) -> None:
+def _add_enjoy(verbs: Verbs) -> None:
+    parser = _verb(verbs, "enjoy", "play with a trained agent", EnjoySettings)
     add = parser.add_argument
     _add_common(parser, ("-f", "--folder"))
-    add("-n", "--n-timesteps", type=_steps, default=1000, help="steps to play (default 1000)")
-    add("--exp-id", type=int, default=0, help="number of the run (default 0: the latest)")
+    add("-n", "--n-timesteps", type=_steps, help="steps to play (default 1000)")
+    add("--exp-id", type=int, help="number of the run (default 0: the latest)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--load-best", action="store_true", help="play the best model instead of the last")
     which.add_argument("--load-checkpoint", type=int, metavar="STEPS", help="play this checkpoint")
@@ -86,106 +100,131 @@ def _add_enjoy(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--render", action="store_true", help="open a window if there is a display")
     show.add_argument("--no-render", action="store_true", help="open no window (default)")
     show.add_argument("--video", metavar="FILE", help="write FILE.gif or FILE.mp4")
-    add("--seed", type=int, default=0, help="seed (default 0)")
-    add("--n-envs", type=int, default=1, help="copies of the environment (default 1)")
-    parser.set_defaults(function=_verb("enjoy", "enjoy"))
+    add("--seed", type=int, help="seed (default 0)")
+    add("--n-envs", type=int, help="copies of the environment (default 1)")
 
 
-def _add_play(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _add_play(verbs: Verbs) -> None:
+    add = _verb(verbs, "play", "play with the keyboard and keep the episodes", PlaySettings).add_argument
     add("env_id", metavar="ENV", help="environment id, for instance CartPole-v1")
     add("--id", required=True, help="id of the new dataset, for instance cartpole/human-v0")
-    add("--episodes", type=int, default=10, help="episodes to play (default 10)")
+    add("--episodes", type=int, help="episodes to play (default 10)")
     add("--fps", type=float, help="steps per second (default 15 for Atari games, else the environment's, 30 at most)")
     add("--keys", nargs="+", metavar="NAME:ACTION", help="left:0 right:1 up+space:2 none:3; default: see docs")
-    add("--size", type=int, default=600, help="height of the window in pixels (default 600)")
-    add("--seed", type=int, default=0, help="seed of the first episode (default 0)")
-    add("--author", default="The sb3_ext authors", help="who plays, for the metadata")
+    add("--size", type=int, help="height of the window in pixels (default 600)")
+    add("--seed", type=int, help="seed of the first episode (default 0)")
+    add("--author", help="who plays, for the metadata")
     add("--overwrite", action="store_true", help="replace a dataset of the same id")
-    parser.set_defaults(function=_verb("data", "play"), verbose=1)
 
 
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _add_convert(verbs: Verbs) -> None:
+    add = _verb(
+        verbs, "convert-dqn-replay", "convert a log of the DQN Replay Dataset's format", ConvertSettings
+    ).add_argument
     add("folder", metavar="DIR", help="holds <Game>/<run>/replay_logs")
     add("--game", required=True, help="for instance Breakout")
-    add("--run", type=int, default=1, help="number of the run (default 1)")
+    add("--run", type=int, help="number of the run (default 1)")
     add("--id", required=True, help="id of the new dataset, for instance atari/breakout/dqn-replay-1pct-v0")
-    add("--fraction", type=float, default=1.0, help="share of the rows (default: everything)")
+    add("--fraction", type=float, help="share of the rows (default: everything)")
     add("--subset", choices=SUBSETS, help="which rows (default author: the first ones of each file)")
-    add("--seed", type=int, default=0, help="seed of the draw of episodes (default 0)")
+    add("--seed", type=int, help="seed of the draw of episodes (default 0)")
     add("--no-verify", action="store_true", help="stop after the last row needed instead of checking checksums")
-    add("--workers", type=int, default=1, help="files to convert at the same time (default 1)")
-    add(
-        "--engine",
-        choices=ENGINES,
-        default="processes",
-        help="what runs the workers (default processes; ray: see docs)",
-    )
+    add("--workers", type=int, help="files to convert at the same time (default 1)")
+    add("--engine", choices=ENGINES, help="what runs the workers (default processes; ray: see docs)")
     add("--env", help="environment the log was made in (default: the Atari game)")
     add("--overwrite", action="store_true", help="replace a dataset of the same id")
-    parser.set_defaults(function=_verb("data", "convert"), verbose=1)
 
 
-def _add_looks(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_looks(verbs: Verbs) -> None:
     """Commands that look at datasets and change nothing."""
 
-    def add(name: str, help_text: str) -> argparse.ArgumentParser:
-        parser = verbs.add_parser(name, help=help_text, allow_abbrev=False)
-        parser.set_defaults(function=_verb("data", {"list": "list_"}.get(name, name)), verbose=1)
-        if name != "list":
-            parser.add_argument("dataset", metavar="DATASET", help="id or path of a Minari dataset")
+    def add(name: str, help_text: str, settings: type[Settings]) -> argparse.ArgumentParser:
+        parser = _verb(verbs, name, help_text, settings)
+        parser.add_argument("dataset", metavar="DATASET", help="id or path of a Minari dataset")
         return parser
 
-    add("list", "list the datasets on this machine")
-    add("verify", "check a dataset, and whether CQL can be expected to learn from it; exit code 1 on errors")
-    show = add("show", "draw an episode and the histogram of returns")
+    _verb(verbs, "list", "list the datasets on this machine", ListSettings)
+    help_text = "check a dataset, and whether CQL can be expected to learn from it; exit code 1 on errors"
+    add("verify", help_text, VerifySettings)
+    show = add("show", "draw an episode and the histogram of returns", ShowSettings)
     show.add_argument("--out", type=Path, metavar="PNG", help="picture to write (default: named after the dataset)")
     show.add_argument("--episode", type=int, help="number of the episode (default: the best)")
-    show.add_argument("--frames", type=int, default=12, help="frames to draw (default 12)")
-    sample = add("sample", "print transitions as JSON lines")
-    sample.add_argument("-n", type=int, default=10, help="how many (default 10)")
-    sample.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
+    show.add_argument("--frames", type=int, help="frames to draw (default 12)")
+    sample = add("sample", "print transitions as JSON lines", SampleSettings)
+    sample.add_argument("-n", type=int, help="how many (default 10)")
+    sample.add_argument("--seed", type=int, help="seed of the draw (default 0)")
     sample.add_argument("--out", type=Path, metavar="NPZ", help="write arrays there instead, pictures included")
 
 
-def _add_publish(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _add_publish(verbs: Verbs) -> None:
+    add = _verb(verbs, "publish", "publish a dataset with checksums and a card", PublishSettings).add_argument
     add("dataset", metavar="ID", help="id or path of a dataset on this machine")
     add("--to", required=True, metavar="PLACE", help="hf://user, hf://user/repository, gs://bucket/folder or a folder")
     add("--token", help="access token (default: HF_TOKEN or `hf auth login`); for gs:// the path of a key file")
     add("--overwrite", action="store_true", help="replace the dataset that is there")
-    parser.set_defaults(function=_verb("data", "publish_command"), verbose=1)
 
 
-def _add_download(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _add_download(verbs: Verbs) -> None:
+    add = _verb(verbs, "download", "download a dataset and verify every file", DownloadSettings).add_argument
     add("address", metavar="ADDRESS", help="hf://user/namespace/name-v0, or a gs:// or file:// address, or a folder")
     add("--token", help="access token (default: HF_TOKEN or `hf auth login`); for gs:// the path of a key file")
     add("--overwrite", action="store_true", help="replace a dataset of the same id")
-    parser.set_defaults(function=_verb("data", "download_command"), verbose=1)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parse(words: Sequence[str]) -> Settings:
     """
-    Describe the command line.
+    Read a command line; help, the version and mistakes end the process.
 
-    :return: the parser
+    :param words: the words after ``sb3x``
+    :return: the settings of the command
     """
     parser = argparse.ArgumentParser("sb3x", description="Train and watch agents.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"sb3-ext {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_train(verbs.add_parser("train", help="train an agent", allow_abbrev=False))
-    _add_enjoy(verbs.add_parser("enjoy", help="play with a trained agent", allow_abbrev=False))
-    data = verbs.add_parser("data", help="make, look at, publish and download datasets", allow_abbrev=False)
-    makers = data.add_subparsers(required=True, metavar="COMMAND")
-    _add_play(makers.add_parser("play", help="play with the keyboard and keep the episodes", allow_abbrev=False))
-    help_text = "convert a log of the DQN Replay Dataset's format"
-    _add_convert(makers.add_parser("convert-dqn-replay", help=help_text, allow_abbrev=False))
-    _add_publish(makers.add_parser("publish", help="publish a dataset with checksums and a card", allow_abbrev=False))
-    _add_download(makers.add_parser("download", help="download a dataset and verify every file", allow_abbrev=False))
-    _add_looks(makers)
-    return parser
+    _add_train(verbs)
+    _add_enjoy(verbs)
+    group = verbs.add_parser("data", help="make, look at, publish and download datasets", allow_abbrev=False)
+    datasets = group.add_subparsers(required=True, metavar="COMMAND")
+    _add_play(datasets)
+    _add_convert(datasets)
+    _add_publish(datasets)
+    _add_download(datasets)
+    _add_looks(datasets)
+    flags = vars(parser.parse_args(words))
+    kind: type[Settings] = flags.pop("settings")
+    return kind(**flags)
+
+
+def _run(settings: Settings, words: list[str]) -> int:
+    """Run a command and give its exit code; only training and playing import PyTorch."""
+    match settings:
+        case TrainSettings():
+            from sb3_ext.zoo.train import train
+
+            train(settings, words)
+        case EnjoySettings():
+            from sb3_ext.zoo.enjoy import enjoy
+
+            enjoy(settings)
+        case PlaySettings():
+            data.play_command(settings)
+        case ConvertSettings():
+            data.convert_command(settings)
+        case PublishSettings():
+            data.publish_command(settings)
+        case DownloadSettings():
+            data.download_command(settings)
+        case ListSettings():
+            data.list_command()
+        case VerifySettings():
+            return data.verify_command(settings)
+        case ShowSettings():
+            data.show_command(settings)
+        case SampleSettings():
+            data.sample_command(settings)
+        case _:
+            assert_never(settings)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,12 +235,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     :return: exit code: 0, 1 if a dataset has errors, 2 for a mistake of the user's, 130 if interrupted without saving
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(words)
-    function = args.__dict__.pop("function")
+    settings = parse(words)
     try:
-        return int(function(args, words))
+        return _run(settings, words)
     except ZooError as error:
-        if args.verbose > 1:
+        if isinstance(settings, AgentSettings) and settings.verbose > 1:
             traceback.print_exc()
         else:
             print(f"sb3x: {' '.join(str(error).split())}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import textwrap
@@ -20,8 +19,10 @@ from minari.storage import get_dataset_path
 
 from sb3_ext.data import StackFrames, make_atari_env
 from sb3_ext.zoo.config import Algo, ZooError, hint
+from sb3_ext.zoo.settings import AgentSettings
 
 if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.vec_env import VecEnv
 
 
@@ -81,44 +82,45 @@ def policy_for(space: spaces.Space[Any]) -> str:
     return "CnnPolicy" if is_picture(space) else "MlpPolicy"
 
 
-def find_task(args: argparse.Namespace, algo: Algo, download: bool) -> Task:
+def find_task(settings: AgentSettings, algo: Algo, download: bool) -> Task:
     """
     Look at what the user wants to train on, without loading data or building an environment.
 
-    :param args: flags ``dataset`` and ``env``
+    :param settings: the command line's flags
     :param algo: the algorithm
     :param download: whether a dataset that is not on this machine may be downloaded
     :return: the task
     :raises ZooError: if there is no such dataset or environment, or the flags do not fit the algorithm
     """
+    dataset, env = settings.dataset, settings.env
     if not algo.offline:
-        if args.dataset and not algo.imitates:
+        if dataset and not algo.imitates:
             raise ZooError(
                 f"{algo.name} learns in an environment, not from a dataset; pass --env instead of --dataset."
             )
-        if not args.env:
+        if not env:
             raise ZooError(f"{algo.name} needs an environment: pass --env ID.")
-        check_env_id(args.env)
-        if args.dataset and read_metadata(args.dataset) is None and download:
-            _download(args.dataset)
-        return Task(args.env, args.dataset, args.env, args.env, is_atari(args.env))
-    if not args.dataset:
+        check_env_id(env)
+        if dataset and read_metadata(dataset) is None and download:
+            _download(dataset)
+        return Task(env, dataset, env, env, is_atari(env))
+    if not dataset:
         raise ZooError(f"{algo.name} learns from a dataset: pass --dataset ID.")
-    if args.env:
-        check_env_id(args.env)
-    metadata = read_metadata(args.dataset)
+    if env:
+        check_env_id(env)
+    metadata = read_metadata(dataset)
     if metadata is None and download:
-        metadata = _download(args.dataset)
+        metadata = _download(dataset)
     if metadata is None:
-        return Task(args.dataset, args.dataset, args.env, args.env, bool(args.env) and is_atari(args.env))
+        return Task(dataset, dataset, env, env, is_atari(env) if env else False)
     spec = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "{}")
     space = metadata.get("observation_space")
     return Task(
-        metadata.get("dataset_id", args.dataset),
-        args.dataset,
-        args.env,
-        args.env or spec.get("id"),
-        is_atari(args.env) if args.env else "AtariEnv" in str(spec.get("entry_point")),
+        metadata.get("dataset_id", dataset),
+        dataset,
+        env,
+        env or spec.get("id"),
+        is_atari(env) if env else "AtariEnv" in str(spec.get("entry_point")),
         deserialize_space(space) if space else None,
         metadata.get("requirements", ()),
     )
@@ -254,15 +256,31 @@ def _stack(env: gym.Env[Any, Any], frame_stack: int | None, like: spaces.Space[A
     return frame_stack or (4 if channels == 1 else 1)
 
 
-def make_dataset_envs(task: Task, **kwargs: Any) -> VecEnv:
+def make_model_envs(task: Task, model: BaseAlgorithm, **kwargs: Any) -> VecEnv:
     """
-    Build the environment that a dataset's metadata names, which runs its code.
+    Build the environment that a model plays in: the user's, else the one that the dataset's metadata names.
+
+    The latter runs the code that the metadata names.
 
     :param task: the task
-    :param kwargs: arguments of :func:`~sb3_ext.data.make_eval_env`
+    :param model: the model
+    :param kwargs: arguments that :func:`make_envs` and :func:`~sb3_ext.data.make_eval_env` share
     :return: the environment
-    :raises ZooError: if what it needs is not installed
+    :raises ZooError: if what it needs is not installed, or its spaces are not the model's
     """
+    if task.env:
+        env = make_envs(task.env, like=model.observation_space, **kwargs)
+    else:
+        env = _make_dataset_envs(task, **kwargs)
+    for what in ("observation_space", "action_space"):
+        ours, theirs = getattr(model, what), getattr(env, what)
+        if ours != theirs:
+            env.close()
+            raise ZooError(f"The model's {what} is {ours}, the environment's is {theirs}; they must be the same.")
+    return env
+
+
+def _make_dataset_envs(task: Task, **kwargs: Any) -> VecEnv:
     from sb3_ext.data import make_eval_env  # here, because it brings PyTorch
 
     assert task.dataset is not None

@@ -17,9 +17,12 @@ from sb3_ext.replay.frames import (
     ArrayFrames,
     BlockFrames,
     BlockWriter,
+    FrameStacker,
     gather_stacks,
     pack_frames,
+    padding_of,
     split_stacks,
+    stack_episode,
     stack_rows,
     unpack_frames,
 )
@@ -206,3 +209,44 @@ def test_what_is_no_stack_is_left_alone() -> None:
     assert split_stacks(stacks[:, ::-1], 4) is None  # newest frame first
     assert split_stacks(stacks, 3) is None  # 4 channels are no 3 frames
     assert split_stacks(stacks, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("padding_type", "wanted"),
+    [
+        ("zero", [[0, 0, 7], [0, 7, 8], [7, 8, 9], [8, 9, 5]]),
+        ("reset", [[7, 7, 7], [7, 7, 8], [7, 8, 9], [8, 9, 5]]),
+    ],
+)
+def test_an_episode_is_stacked_by_hand(padding_type: str, wanted: list[list[int]]) -> None:
+    """As a whole, as transitions, and frame by frame, twice."""
+    frames = np.array([[7], [8], [9], [5]], np.uint8)
+    stacks = stack_episode(frames, 3, padding_type)
+    assert stacks.dtype == np.uint8
+    assert stacks.tolist() == wanted
+    steps = np.arange(3)
+    now, following = gather_stacks(ArrayFrames(frames), steps, steps, 3, padding_type)
+    assert now.tolist() == wanted[:-1]
+    assert following.tolist() == wanted[1:]
+    stacker = FrameStacker(3, padding_type)
+    for _ in range(2):
+        played = [stacker.reset(frames[0]), *(stacker.push(frame) for frame in frames[1:])]
+        assert [stack.tolist() for stack in played] == wanted  # none is overwritten by the next
+
+
+def test_padding_by_hand() -> None:
+    for stack, wanted in (
+        ([0, 0, 0, 0, 5, 6], {"zero"}),
+        ([5, 6, 5, 6, 5, 6], {"reset"}),
+        ([0, 0, 0, 0, 0, 0], {"zero", "reset"}),
+        ([0, 0, 1, 2, 5, 6], set()),
+        ([5, 6, 5, 5, 5, 6], set()),
+        ([0, 0, 5, 6, 5, 6], set()),
+    ):
+        assert padding_of(np.array(stack), 3) == wanted
+    assert padding_of(np.array([5, 6]), 1) == {"zero", "reset"}
+
+
+def test_another_padding_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="padding_type must be one of zero, reset, not 'edge'"):
+        FrameStacker(2, "edge")

@@ -117,3 +117,35 @@ def published_loss(
         q = quantiles[b].mean(axis=0)
         total += td + alpha * (np.log(np.exp(q).sum()) - q[actions[b]])
     return total / batch
+
+
+class Ramp(gym.Env[Any, Any]):
+    """
+    Pictures of one brightness that grows by 1 per step, for 9 steps; options may set the first one.
+
+    :param start: the first brightness; None draws it from 50 to 149
+    :param side: of the picture
+    """
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, start: int | None = 100, side: int = 36) -> None:
+        self.observation_space = spaces.Box(0, 255, (side, side), np.uint8)
+        self.start, self.resets = start, 0
+
+    def _draw(self) -> Any:
+        return np.full(self.observation_space.shape, self.first + self.steps, np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.resets, self.steps = self.resets + 1, 0
+        self.first = int(self.np_random.integers(50, 150)) if self.start is None else self.start
+        self.first = (options or {}).get("first", self.first)
+        return self._draw(), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        return self._draw(), 0.0, self.steps == 9, False, {}
+
+
+gym.register("Ramp-v0", entry_point=f"{__name__}:Ramp")

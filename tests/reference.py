@@ -26,14 +26,14 @@ def channel_first(frame: np.ndarray, layout: str) -> np.ndarray:
     return frame
 
 
-def stack_at(frames: list[np.ndarray], t: int, frame_stack: int, pad_with_zeros: bool) -> np.ndarray:
+def stack_at(frames: list[np.ndarray], t: int, frame_stack: int, padding_type: str) -> np.ndarray:
     """The stack an agent sees at step t of one episode, oldest frame first."""
     parts = []
     for i in range(t - frame_stack + 1, t + 1):
         if i >= 0:
             parts.append(frames[i])
         else:
-            parts.append(np.zeros_like(frames[0]) if pad_with_zeros else frames[0])
+            parts.append(np.zeros_like(frames[0]) if padding_type == "zero" else frames[0])
     return np.concatenate(parts, axis=0)
 
 
@@ -45,7 +45,7 @@ def episode_transitions(
     frame_stack: int = 1,
     n_steps: int = 1,
     gamma: float = 0.99,
-    pad_with_zeros: bool = True,
+    padding_type: str = "zero",
 ) -> list[Transition]:
     steps = len(rewards)
     out = []
@@ -57,10 +57,10 @@ def episode_transitions(
                 end = t + i
         out.append(
             Transition(
-                stack_at(frames, t, frame_stack, pad_with_zeros),
+                stack_at(frames, t, frame_stack, padding_type),
                 int(actions[t]),
                 total,
-                stack_at(frames, end + 1, frame_stack, pad_with_zeros),
+                stack_at(frames, end + 1, frame_stack, padding_type),
                 1.0 if terminated and end == steps - 1 else 0.0,
                 gamma ** (end - t + 1),
             )

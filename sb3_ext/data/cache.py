@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from sb3_ext.data.checks import CheckedEpisode, DatasetError
 from sb3_ext.data.envs import to_channel_first
 from sb3_ext.data.source import Source
-from sb3_ext.replay.frames import ArrayFrames, BlockFrames, BlockWriter, FrameStore, split_stacks
+from sb3_ext.replay.frames import PADDING_TYPES, ArrayFrames, BlockFrames, BlockWriter, FrameStore, split_stacks
 
-_FORMAT = 2
+_FORMAT = 3
 _RAW, _ZSTD = "frames.bin", "frames.zst"
 _NAMED = ("actions", "rewards", "terminated", "lengths")
 _DAY = 86_400
@@ -45,7 +45,7 @@ class Arrays:
     :param shape: shape of a frame
     :param dtype: dtype of a frame
     :param n_frames: frames in the stacks that were taken apart; 1 if the observations are stored as they are
-    :param pad_with_zeros: what came before the first frame of these stacks
+    :param padding_types: what may stand before an episode's first frame: what these stacks show, else any
     """
 
     actions: NDArray[Any]
@@ -55,7 +55,7 @@ class Arrays:
     shape: tuple[int, ...]
     dtype: str
     n_frames: int
-    pad_with_zeros: bool
+    padding_types: frozenset[str]
 
 
 class RamSink:
@@ -128,7 +128,7 @@ def stream(
     rows: dict[str, list[NDArray[Any]]] = {"actions": [], "rewards": [], "terminated": []}
     lengths: list[int] = []
     action_dtype = np.min_scalar_type(n_actions - 1)
-    padding = frozenset((True, False))
+    padding = frozenset(PADDING_TYPES)
     frames = np.empty(0)
     for episode in episodes:
         frames = to_channel_first(episode.observations, observation_space)
@@ -152,7 +152,7 @@ def stream(
         shape=frames.shape[1:],
         dtype=frames.dtype.str,
         n_frames=n_frames,
-        pad_with_zeros=True in padding,
+        padding_types=padding,
     )
 
 
@@ -210,7 +210,7 @@ def open_cache(folder: Path) -> tuple[FrameStore, Arrays] | None:
             shape=shape,
             dtype=dtype.str,
             n_frames=manifest["n_frames"],
-            pad_with_zeros=manifest["pad_with_zeros"],
+            padding_types=frozenset(manifest["padding_types"]),
         )
         n_rows = len(arrays.actions)
         if _ZSTD in manifest["sizes"]:
@@ -275,7 +275,7 @@ def write_cache(
             "shape": arrays.shape,
             "dtype": arrays.dtype,
             "n_frames": arrays.n_frames,
-            "pad_with_zeros": arrays.pad_with_zeros,
+            "padding_types": sorted(arrays.padding_types),
             "sizes": {f.name: f.stat().st_size for f in partial.iterdir()},
         }
         (partial / "manifest.json").write_text(json.dumps(manifest))

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from sb3_ext.data.envs import is_frame_space, to_channel_first
+from sb3_ext.data.envs import is_frame_space, padding_shown_by, to_channel_first
+from sb3_ext.replay.frames import split_stacks
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.vec_env import VecEnv
 
 _LARGEST = np.finfo(np.float32).max
 ActionSpace: TypeAlias = spaces.Discrete | spaces.Box
 _DROP = "Drop the episode with dataset.filter_episodes(...)."
+_RECORD_FRAMES = "record single frames, which are stacked as the environment does it."
 
 
 class DatasetError(ValueError):
@@ -93,6 +99,97 @@ def frames_per_observation(name: str, recorded: spaces.Space[Any], agent: spaces
         f"{name} is of another environment, or recorded through other wrappers: its observations have shape "
         f"{recorded.shape}, those of the environment to train in {agent.shape}.{hint}"
     )
+
+
+def ready_made_frames(space: spaces.Space[Any], frame_stack: int | None = None) -> int:
+    """
+    Count the frames per recorded observation if those may be ready-made stacks.
+
+    :param space: of one recorded observation
+    :param frame_stack: frames per stack, if the user says; else each channel is one, unless there are 3
+    :return: the frames; 1 if the observations cannot be such stacks
+    """
+    assert space.shape is not None
+    channels = int(to_channel_first(np.empty(space.shape, np.uint8), space).shape[0]) if is_frame_space(space) else 1
+    if frame_stack is None:
+        return channels if channels != 3 else 1
+    return frame_stack if channels % frame_stack == 0 else 1
+
+
+_BEFORE = {"zero": "zeros", "reset": "the first frame again"}
+
+
+def _other_padding(name: str, where: str, ours: str, shown: frozenset[str], n_frames: int, remedy: str) -> None:
+    """Warn if the environment shows no padding type, which nothing mends; else raise."""
+    if not shown:
+        warnings.warn(
+            f"Before an episode's first frame, the stacks of {name} have {_BEFORE[ours]}, those of the environment "
+            f"neither zeros nor the first frame again: the first {n_frames - 1} observations of an episode differ.",
+            stacklevel=3,
+        )
+        return
+    (other,) = shown
+    raise DatasetError(
+        f"{where} begins an episode otherwise than the environment: before its first frame, the dataset's stacks have "
+        f"{_BEFORE[ours]} (padding_type={ours!r}), the environment's have {_BEFORE[other]} "
+        f"(padding_type={other!r}). Build the environment's stacks with StackFrames(env, {n_frames}, "
+        f"padding_type={ours!r}) around its single frames, or {remedy}"
+    )
+
+
+def choose_padding(name: str, shown: frozenset[str], n_frames: int) -> str:
+    """
+    Choose what stands before the first of recorded single frames, so that their stacks are the environment's.
+
+    :param name: of the dataset, for the warning
+    :param shown: what :func:`~sb3_ext.data.envs.padding_shown_by` found
+    :param n_frames: frames per stack
+    :return: the padding type; ``"zero"`` if nothing speaks against it, and with a warning if the environment shows none
+    """
+    if not shown:
+        _other_padding(name, name, "zero", shown, n_frames, "")
+    return "reset" if shown == {"reset"} else "zero"
+
+
+def check_padding(name: str, padding_type: str, venv: VecEnv, n_frames: int, recorded: bool = False) -> None:
+    """
+    Refuse frame stacks that begin an episode otherwise than the environment's.
+
+    :param name: of the dataset, for the message
+    :param padding_type: of its stacks
+    :param venv: the environment, which is reset; see :func:`~sb3_ext.data.envs.padding_shown_by`
+    :param n_frames: frames per stack; 1 needs no reset
+    :param recorded: whether the stacks were recorded as such, so that only the environment can change
+    :raises DatasetError: if they differ. An environment that shows no padding type only gets a warning
+    """
+    shown = padding_shown_by(venv, n_frames)
+    if padding_type in shown:
+        return
+    other = "".join(shown)
+    remedy = (
+        f"load the dataset with padding_type={other!r}: load_minari(..., padding_type={other!r}), or "
+        f'CQL(..., dataset_kwargs={{"padding_type": {other!r}}}).'
+    )
+    _other_padding(name, name, padding_type, shown, n_frames, _RECORD_FRAMES if recorded else remedy)
+
+
+def check_recorded_padding(
+    name: str, number: int, observations: NDArray[Any], n_frames: int, shown: frozenset[str]
+) -> None:
+    """
+    Refuse recorded frame stacks of one episode that begin otherwise than the environment's.
+
+    :param name: of the dataset, for the message
+    :param number: of the episode
+    :param observations: of the whole episode, channel first, ``[T + 1, k * C, ...]``; left alone if they are no stacks
+    :param n_frames: frames per stack, k
+    :param shown: what :func:`~sb3_ext.data.envs.padding_shown_by` found
+    :raises DatasetError: if they differ. An environment that shows no padding type only gets a warning
+    """
+    parts = split_stacks(observations, n_frames)
+    if parts is not None and not parts[1] & shown:
+        ours = "zero" if "zero" in parts[1] else "reset"
+        _other_padding(name, f"{name}, episode {number},", ours, shown, n_frames, _RECORD_FRAMES)
 
 
 def check_spaces(

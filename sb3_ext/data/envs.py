@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
+
+from sb3_ext.replay.frames import PADDING_TYPES, FrameStacker, padding_of
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.vec_env import VecEnv
 
 ATARI_MAX_STEPS = 27_000
 """Agent steps after which Dopamine ends an episode (30 minutes of play at 60 Hz and frame skip 4)."""
@@ -69,44 +74,94 @@ class StackFrames(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorAr
     """
     Show the agent the stack that the replay buffer will rebuild from single frames.
 
-    Channel first, oldest frame first, zeros before the episode start.
+    Channel first, oldest frame first.
 
     :param env: environment with ``Box`` observations
     :param frame_stack: frames per stack, at least 1; 1 only brings the channels to the front
-    :param pad_with_zeros: False repeats the first frame instead
+    :param padding_type: what stands before an episode's first frame: ``"zero"``, or ``"reset"`` for that frame again
     :raises TypeError: if the observations are not a ``Box``
-    :raises ValueError: if ``frame_stack`` is less than 1
+    :raises ValueError: if ``frame_stack`` is less than 1, or ``padding_type`` is none
     """
 
-    def __init__(self, env: gym.Env[Any, Any], frame_stack: int = 4, pad_with_zeros: bool = True) -> None:
-        gym.utils.RecordConstructorArgs.__init__(self, frame_stack=frame_stack, pad_with_zeros=pad_with_zeros)
+    def __init__(self, env: gym.Env[Any, Any], frame_stack: int = 4, padding_type: str = "zero") -> None:
+        gym.utils.RecordConstructorArgs.__init__(self, frame_stack=frame_stack, padding_type=padding_type)
         gym.Wrapper.__init__(self, env)
         if not isinstance(env.observation_space, spaces.Box):
             raise TypeError(f"StackFrames needs Box observations, got {env.observation_space}.")
         if frame_stack < 1:
             raise ValueError(f"frame_stack must be at least 1, got {frame_stack}.")
-        self.frame_stack, self.pad_with_zeros = frame_stack, pad_with_zeros
+        self._stacker = FrameStacker(frame_stack, padding_type)
+        self.frame_stack, self.padding_type = frame_stack, padding_type
         self._frame_space = env.observation_space
         self.observation_space = stacked_space(env.observation_space, frame_stack)
-        self._stack = np.zeros(self.observation_space.shape, self.observation_space.dtype)
 
-    def _push(self, frame: NDArray[Any]) -> NDArray[Any]:
-        frame = to_channel_first(np.asarray(frame), self._frame_space)
-        self._stack = np.concatenate([self._stack[len(frame) :], frame])
-        return self._stack
+    def _frame(self, observation: Any) -> NDArray[Any]:
+        return to_channel_first(np.asarray(observation), self._frame_space)
 
     def reset(self, **kwargs: Any) -> tuple[NDArray[Any], dict[str, Any]]:
         """Start an episode with a fresh stack."""
         observation, info = self.env.reset(**kwargs)
-        self._stack = np.zeros_like(self._stack)
-        for _ in range(1 if self.pad_with_zeros else self.frame_stack):
-            self._push(observation)
-        return self._stack, info
+        return self._stacker.reset(self._frame(observation)), info
 
     def step(self, action: Any) -> tuple[NDArray[Any], float, bool, bool, dict[str, Any]]:
         """Step and stack."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        return self._push(observation), float(reward), terminated, truncated, info
+        return self._stacker.push(self._frame(observation)), float(reward), terminated, truncated, info
+
+
+def padding_shown_by(venv: VecEnv, n_frames: int) -> frozenset[str]:
+    """
+    Look what an environment's frame stacks have before an episode's first frame.
+
+    The environment is reset once, so a model that is in the middle of an episode must begin a new one
+    (``model._last_obs = None``). A seeded run that follows is not changed by this: seeds and options that wait for the
+    next reset still do, random generators are put back, and no ``VecNormalize`` takes the observation into account.
+
+    An environment that must not be reset twice (``Monitor(allow_early_resets=False)``) is not. Its wrappers then tell,
+    and also where its first frame is black.
+
+    :param venv: the environment
+    :param n_frames: frames per observation; 1 needs no reset
+    :return: the padding types that explain what it shows: both if nothing tells them apart, none if it begins with
+        other frames
+    """
+    undecided = frozenset(PADDING_TYPES)
+    if n_frames == 1:
+        return undecided
+    shown = undecided
+    if not venv.has_attr("allow_early_resets") or all(venv.get_attr("allow_early_resets")):
+        shown = _padding_at_reset(venv, n_frames)
+    return shown if shown != undecided else _padding_of_wrappers(venv)
+
+
+def _padding_at_reset(venv: VecEnv, n_frames: int) -> frozenset[str]:
+    from stable_baselines3.common.vec_env import unwrap_vec_normalize  # here, because it brings PyTorch
+
+    below, base = venv, venv.unwrapped
+    while (normalize := unwrap_vec_normalize(below)) is not None:
+        below = normalize.venv
+    if np.prod(below.observation_space.shape or 0) != np.prod(venv.observation_space.shape or 0):
+        return frozenset(PADDING_TYPES)  # normalised frames are stacked, so the stacks cannot be seen below
+    waiting = base._seeds, base._options
+    generators = venv.get_attr("np_random") if venv.has_attr("np_random") else []
+    states = [g.bit_generator.state if isinstance(g, np.random.Generator) else None for g in generators]
+    stacks = to_channel_first(np.asarray(below.reset()), below.observation_space)
+    base._seeds, base._options = waiting
+    for number, (generator, state) in enumerate(zip(generators, states, strict=True)):
+        if state is not None:
+            generator.bit_generator.state = state
+            venv.set_attr("np_random", generator, number)
+    return frozenset.intersection(*(padding_of(stack, n_frames) for stack in stacks))
+
+
+def _padding_of_wrappers(venv: VecEnv) -> frozenset[str]:
+    from stable_baselines3.common.vec_env import VecFrameStack, unwrap_vec_wrapper  # here, because it brings PyTorch
+
+    if unwrap_vec_wrapper(venv, VecFrameStack) is not None:
+        return frozenset({"zero"})
+    if not venv.has_attr("padding_type"):
+        return frozenset(PADDING_TYPES)
+    return frozenset.intersection(*(frozenset({given}) for given in venv.get_attr("padding_type"))) & set(PADDING_TYPES)
 
 
 def make_atari_env(game: str = "Breakout", *, sticky: float = 0.25, **kwargs: Any) -> gym.Env[Any, Any]:

@@ -21,15 +21,23 @@ from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_ext.data.cache import Arrays, NotStacks, RamSink, cache_folder, cache_key, open_cache, stream, write_cache
-from sb3_ext.data.checks import DatasetError
-from sb3_ext.data.envs import StackFrames, is_frame_space, stacked_space, to_channel_first
+from sb3_ext.data.checks import DatasetError, check_padding, choose_padding, ready_made_frames
+from sb3_ext.data.envs import StackFrames, is_frame_space, padding_shown_by, stacked_space, to_channel_first
 from sb3_ext.data.source import DatasetLike, Source, env_spec, open_source
 from sb3_ext.data.write import return_statistics
 from sb3_ext.replay.dataset import OfflineReplayBuffer, PrioritizedOfflineReplayBuffer
 from sb3_ext.replay.device import DeviceFrames
-from sb3_ext.replay.frames import FrameStore, split_stacks
+from sb3_ext.replay.frames import PADDING_TYPES, FrameStore, check_padding_type, split_stacks
 
-__all__ = ["STORAGES", "DatasetLike", "choose_episodes", "default_frame_stack", "load_minari", "make_eval_env"]
+__all__ = [
+    "STORAGES",
+    "DatasetLike",
+    "choose_episodes",
+    "default_frame_stack",
+    "load_minari",
+    "make_eval_env",
+    "match_padding",
+]
 
 STORAGES = ("mmap", "compressed", "ram", "device")
 
@@ -63,12 +71,17 @@ def default_frame_stack(space: spaces.Box) -> int:
     return 4 if is_frame_space(space) and to_channel_first(space.low, space).shape[0] == 1 else 1
 
 
-def _ready_made(space: spaces.Box, frame_stack: int | None) -> int:
-    """Frames per stack if the observations may be ready-made stacks, else 1."""
-    channels = int(to_channel_first(space.low, space).shape[0]) if is_frame_space(space) else 1
-    if frame_stack is None:
-        return channels if channels != 3 else 1
-    return frame_stack if channels % frame_stack == 0 else 1
+def _choose_padding_type(name: str, given: str | None, fitting: frozenset[str]) -> str:
+    """The given padding type if it fits the recorded stacks; else what they show."""
+    if given is None:
+        return "zero" if "zero" in fitting else "reset"
+    if check_padding_type(given) not in fitting:
+        (theirs,) = fitting
+        raise DatasetError(
+            f"{name}: its frame stacks were recorded with padding_type={theirs!r}, padding_type={given!r} was asked "
+            "for. Leave it out, and the recorded one is taken."
+        )
+    return given
 
 
 def _read(
@@ -103,6 +116,7 @@ def load_minari(
     dataset: DatasetLike,
     *,
     frame_stack: int | None = None,
+    padding_type: str | None = None,
     subset: float = 1.0,
     subset_seed: int = 0,
     storage: str = "mmap",
@@ -124,6 +138,8 @@ def load_minari(
     :param dataset: a ``MinariDataset`` (its episode filter is respected), an id (local, else downloaded) or a path
     :param frame_stack: frames per observation; ready-made stacks are recognised and taken apart; default: 4 for
         pictures with one channel, else 1
+    :param padding_type: what stands before an episode's first frame: ``"zero"``, or ``"reset"`` for that frame again,
+        which is the default of gymnasium's ``FrameStackObservation``; default: what ready-made stacks show, else zeros
     :param subset: share of the steps to use, drawn as whole episodes from all over the log
     :param subset_seed: seed of that draw
     :param storage: ``"mmap"``: frames raw on disk in a cache, opened at once from the second time on, and larger than
@@ -141,9 +157,10 @@ def load_minari(
     :param device: likewise
     :param seed: seed of the sampler
     :return: the buffer; ``buffer.info`` says what it holds
-    :raises DatasetError: if the data is missing, damaged or invalid; names episode and step, or the field
+    :raises DatasetError: if the data is missing, damaged or invalid; names episode and step, or the field. Also if
+        ready-made stacks have another padding type than the given one
     :raises TypeError: if it is not a dataset
-    :raises ValueError: for an unknown storage or a subset outside (0, 1]
+    :raises ValueError: for an unknown storage or padding type, or a subset outside (0, 1]
     """
     if storage not in STORAGES:
         raise ValueError(f"storage must be one of {', '.join(STORAGES)}, not {storage!r}.")
@@ -151,9 +168,11 @@ def load_minari(
         raise ValueError(f"subset must be in (0, 1], got {subset}.")
     if frame_stack is not None and frame_stack < 1:
         raise ValueError(f"frame_stack must be at least 1, got {frame_stack}.")
+    if padding_type is not None:
+        check_padding_type(padding_type)
     source = open_source(dataset, build_env)
     source.warn_if_lossy()
-    n_frames = _ready_made(source.observation_space, frame_stack)
+    n_frames = ready_made_frames(source.observation_space, frame_stack)
     frames, arrays = _read(source, storage, cache_folder(cache_dir), subset, subset_seed, strict, n_frames)
     if storage == "device":
         frames = DeviceFrames.copy_of(frames, get_device(device))
@@ -175,7 +194,7 @@ def load_minari(
         space,
         source.action_space,
         frame_stack=stack,
-        pad_with_zeros=arrays.pad_with_zeros,
+        padding_type=_choose_padding_type(source.name, padding_type, arrays.padding_types),
         n_steps=n_steps,
         gamma=gamma,
         device=device,
@@ -186,6 +205,8 @@ def load_minari(
         "env_id": (env_spec(source.metadata) or {}).get("id"),
         "algorithm_name": source.metadata.get("algorithm_name"),
         "frame_stack": stack,
+        "padding_type": buffer.padding_type,
+        "recorded_stacks": arrays.n_frames > 1,
         "subset": subset,
         "episodes": buffer.n_episodes,
         "steps": buffer.buffer_size,
@@ -194,18 +215,43 @@ def load_minari(
     return buffer
 
 
-def _is_stacked(source: Source, n_frames: int) -> bool:
-    """Whether the first episode consists of stacks of so many frames; the environment then makes them itself."""
+def match_padding(buffer: OfflineReplayBuffer, venv: VecEnv, fixed: bool = False) -> None:
+    """
+    Let a dataset's frame stacks begin an episode as the environment's do.
+
+    :param buffer: made by :func:`load_minari`; stacks of single frames take over what the environment shows
+    :param venv: the environment, reset once if there are stacks; see :func:`~sb3_ext.data.envs.padding_shown_by`
+    :param fixed: only compare, as with recorded stacks, because the user chose the padding type or a model has learnt
+        with it
+    :raises DatasetError: if it may not be changed and differs; names both and the remedy
+    """
+    name, recorded = buffer.info.get("dataset_id") or "the dataset", buffer.info.get("recorded_stacks", False)
+    if fixed or recorded:
+        check_padding(name, buffer.padding_type, venv, buffer.frame_stack, recorded)
+        return
+    buffer.padding_type = choose_padding(name, padding_shown_by(venv, buffer.frame_stack), buffer.frame_stack)
+    buffer.info["padding_type"] = buffer.padding_type
+
+
+def _recorded_padding(source: Source, n_frames: int) -> frozenset[str] | None:
+    """Padding types of the first episode's stacks, which the environment makes itself; None if it has no stacks."""
     if n_frames == 1:
-        return False
+        return None
     opened = source.open()
     first = source.episodes[:1]
     episode = next(source.read(opened, first, source.episode_lengths(opened)[:1], strict=False))
-    return split_stacks(to_channel_first(episode.observations, source.observation_space), n_frames) is not None
+    parts = split_stacks(to_channel_first(episode.observations, source.observation_space), n_frames)
+    return None if parts is None else parts[1]
 
 
 def make_eval_env(
-    dataset: DatasetLike, *, n_envs: int = 1, frame_stack: int | None = None, seed: int | None = None, **kwargs: Any
+    dataset: DatasetLike,
+    *,
+    n_envs: int = 1,
+    frame_stack: int | None = None,
+    padding_type: str | None = None,
+    seed: int | None = None,
+    **kwargs: Any,
 ) -> VecEnv:
     """
     Build the environment a dataset was made in, with the observations :func:`load_minari` gives.
@@ -215,11 +261,15 @@ def make_eval_env(
     :param dataset: as in :func:`load_minari`
     :param n_envs: copies
     :param frame_stack: as in :func:`load_minari`
+    :param padding_type: as in :func:`load_minari`; ready-made stacks are the environment's own and not stacked again
     :param seed: seed of the first copy; the others count up
     :param kwargs: passed to ``gymnasium.make``, for instance ``render_mode="rgb_array"``
     :return: the environment, monitored
-    :raises DatasetError: if the dataset does not name an environment
+    :raises DatasetError: if the dataset does not name an environment, or ready-made stacks have another padding type
+    :raises ValueError: for an unknown padding type
     """
+    if padding_type is not None:
+        check_padding_type(padding_type)
     source = open_source(dataset, continuous=True)
     fields_of_spec = env_spec(source.metadata)
     if fields_of_spec is None:
@@ -230,12 +280,14 @@ def make_eval_env(
     # older Gymnasium wrote fields that today's does not have
     spec = EnvSpec.from_json(json.dumps({k: v for k, v in fields_of_spec.items() if k in known}))
     stack = frame_stack or default_frame_stack(source.observation_space)
-    if _is_stacked(source, _ready_made(source.observation_space, frame_stack)):
+    recorded = _recorded_padding(source, ready_made_frames(source.observation_space, frame_stack))
+    if recorded is not None:
         stack = 1
+    padding = _choose_padding_type(source.name, padding_type, recorded or frozenset(PADDING_TYPES))
 
     def make() -> gym.Env[Any, Any]:
         env = Monitor(gym.make(spec, **kwargs))
-        return StackFrames(env, stack) if stack > 1 or is_frame_space(source.observation_space) else env
+        return StackFrames(env, stack, padding) if stack > 1 or is_frame_space(source.observation_space) else env
 
     venv = DummyVecEnv([make] * n_envs)
     if seed is not None:

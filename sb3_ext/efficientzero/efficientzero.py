@@ -18,6 +18,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import configure_logger
 
 from sb3_ext.cuda_graphs import RecordedLoss
+from sb3_ext.data.envs import padding_shown_by
 from sb3_ext.data.load import DatasetLike
 from sb3_ext.efficientzero.explain import Explanation, explain
 from sb3_ext.efficientzero.loss import random_intensity, random_shift, unroll, unrolled_loss
@@ -29,6 +30,7 @@ from sb3_ext.efficientzero.resume import random_state, restore_random_state
 from sb3_ext.losses import LossOutput
 from sb3_ext.normalize import begin_statistics
 from sb3_ext.off_policy import OffPolicy
+from sb3_ext.replay.frames import PADDING_TYPES
 
 VALUE_TARGETS = ("mixed", "n_step", "search")
 SEARCH_VALUES = ("mean", "improved")
@@ -313,6 +315,8 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
         Put a Minari dataset into the replay buffer and learn from it by reanalysis, before :meth:`learn` or instead.
 
         ``learn`` then begins with random steps as long as ``learning_starts`` says; set that to 0 to go on at once.
+        Frames are stacked as the environment does at the start of an episode. It is reset to see that, so that
+        ``learn`` begins a new episode; without an environment, zeros stand before the first frame.
 
         :param dataset: a ``MinariDataset``, an id or a path; of this environment
         :param gradient_steps: updates
@@ -322,12 +326,19 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
         """
         assert isinstance(self.replay_buffer, SequenceReplayBuffer)
         buffer = self.replay_buffer
-        fill_replay_buffer(buffer, dataset, self.policy)
+        fill_replay_buffer(buffer, dataset, self.policy, self._padding_shown)
         begin_statistics(self._vec_normalize_env, lambda i: buffer.store.take(i, i)[0], buffer.size())
         if not self._custom_logger and not hasattr(self, "_logger"):
             self._logger = configure_logger(self.verbose, self.tensorboard_log, "pretrain")
         self.train(gradient_steps, self.batch_size)
         return self
+
+    def _padding_shown(self, n_frames: int) -> frozenset[str]:
+        """What the environment has before an episode's first frame; any if there is no environment."""
+        if self.env is None:
+            return frozenset(PADDING_TYPES)
+        self._last_obs = None  # it is reset, so the episode is not gone on with
+        return padding_shown_by(self.env, n_frames)
 
     def explain(self, observation: NDArray[Any], deterministic: bool = True, action_masks: Any = None) -> Explanation:
         """

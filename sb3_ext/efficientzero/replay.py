@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,12 +13,19 @@ from numpy.typing import NDArray
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ext.data.checks import DatasetError, check_same_actions, frames_per_observation
+from sb3_ext.data.checks import (
+    DatasetError,
+    check_recorded_padding,
+    check_same_actions,
+    choose_padding,
+    frames_per_observation,
+    ready_made_frames,
+)
 from sb3_ext.data.envs import to_channel_first
 from sb3_ext.data.load import DatasetLike
 from sb3_ext.data.source import open_source
 from sb3_ext.replay.device import DeviceRings
-from sb3_ext.replay.frames import ArrayFrames, gather_stacks
+from sb3_ext.replay.frames import PADDING_TYPES, split_stacks, stack_episode
 from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
 from sb3_ext.replay.rings import DictStore, RingStore
 
@@ -277,19 +285,27 @@ class SearchMemo:
         return found
 
 
-def fill_replay_buffer(buffer: SequenceReplayBuffer, dataset: DatasetLike, policy: BasePolicy) -> int:
+def fill_replay_buffer(
+    buffer: SequenceReplayBuffer,
+    dataset: DatasetLike,
+    policy: BasePolicy,
+    padding_shown: Callable[[int], frozenset[str]] = lambda n_frames: frozenset(PADDING_TYPES),
+) -> int:
     """
     Add every transition of a dataset, episode by episode.
 
-    Single frames are stacked to what the agent sees, with zeros before an episode's first one, as
-    :class:`~sb3_ext.data.StackFrames` does. The dataset is read twice: it is checked as a whole before anything is
-    added.
+    Single frames are stacked to what the agent sees. The dataset is read twice: it is checked as a whole before
+    anything is added.
 
     :param buffer: of one environment; large enough for the dataset
     :param dataset: a ``MinariDataset``, an id or a path
     :param policy: scales continuous actions
+    :param padding_shown: tells for so many frames per observation what the agent's environment has before an episode's
+        first one, as :func:`~sb3_ext.data.envs.padding_shown_by` does; asked if there are stacks. Default: not known,
+        so zeros
     :return: transitions added
-    :raises DatasetError: if the dataset is missing, damaged, of other spaces or larger than the buffer
+    :raises DatasetError: if the dataset is missing, damaged, of other spaces or larger than the buffer, or has recorded
+        frame stacks that begin an episode otherwise than the environment's
     :raises ValueError: if the buffer is that of several environments
     """
     if buffer.n_envs != 1:
@@ -306,19 +322,27 @@ def fill_replay_buffer(buffer: SequenceReplayBuffer, dataset: DatasetLike, polic
             f"{source.name} has {total} steps, the replay buffer has room for {buffer.buffer_size - buffer.size()}; "
             f"set buffer_size to {buffer.size() + total} or more."
         )
-    for _ in source.read(storage, source.episodes, lengths, strict=True):
-        pass
+    same = source.observation_space.shape == buffer.observation_space.shape
+    recorded, shown = ready_made_frames(source.observation_space) if stack == 1 else 1, None
+    for number, episode in enumerate(source.read(storage, source.episodes, lengths, strict=True)):
+        if recorded > 1:
+            frames = episode.observations if same else to_channel_first(episode.observations, source.observation_space)
+            if shown is None and split_stacks(frames, recorded) is not None:
+                shown = padding_shown(recorded)
+            if shown is not None:
+                check_recorded_padding(source.name, number, frames, recorded, shown)
+    padding_type = choose_padding(source.name, padding_shown(stack), stack) if stack > 1 else "zero"
     for episode in source.read(source.open(), source.episodes, lengths, strict=True):
         frames, actions = episode.observations, np.asarray(episode.actions)
-        if source.observation_space.shape != buffer.observation_space.shape:
+        if not same:
             frames = to_channel_first(frames, source.observation_space)
         if isinstance(buffer.action_space, spaces.Box):
             actions = policy.scale_action(actions)
+        observations = stack_episode(frames, stack, padding_type)
         steps = np.arange(len(actions))
-        observations, following = gather_stacks(ArrayFrames(frames), steps, steps, stack, pad_with_zeros=True)
         for t in steps:
             end = t == steps[-1]
             infos = [{"TimeLimit.truncated": end and not episode.terminated}]
-            now, then = observations[t : t + 1], following[t : t + 1]
+            now, then = observations[t : t + 1], observations[t + 1 : t + 2]
             buffer.add(now, then, actions[t : t + 1], episode.rewards[t], np.array([end]), infos)
     return total

@@ -20,10 +20,19 @@ from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_ext.data import DatasetError, Episode
-from sb3_ext.data.checks import check_actions, check_observations, check_same_actions, frames_per_observation
-from sb3_ext.data.envs import is_frame_space, to_channel_first
+from sb3_ext.data.checks import (
+    check_actions,
+    check_observations,
+    check_recorded_padding,
+    check_same_actions,
+    choose_padding,
+    frames_per_observation,
+    ready_made_frames,
+)
+from sb3_ext.data.envs import is_frame_space, padding_shown_by, to_channel_first
 from sb3_ext.data.source import DatasetLike, env_spec, open_source
 from sb3_ext.normalize import begin_statistics
+from sb3_ext.replay.frames import ArrayFrames, gather_stacks, gather_windows, split_stacks, stack_episode
 
 DemonstrationsLike: TypeAlias = DatasetLike | Sequence[Trajectory] | Sequence[Episode] | ReplayBuffer
 
@@ -41,11 +50,13 @@ class Demonstration:
     :param observations: ``[T + 1, ...]``, single frames if the agent sees stacks
     :param actions: ``[T]`` or ``[T, ...]``
     :param terminated: whether the last step ended the task; False if a time limit did, or nothing
+    :param from_start: whether the first observation is an episode's first
     """
 
     observations: NDArray[Any]
     actions: NDArray[Any]
     terminated: bool
+    from_start: bool = True
 
 
 class Demonstrations:
@@ -57,7 +68,8 @@ class Demonstrations:
     :param demonstrations: any of the kinds that :class:`~sb3_ext.gail.GAIL` takes
     :param observation_space: of the agent
     :param action_space: of the agent
-    :param env: the agent's environment, for its time limit and its id
+    :param env: the agent's environment, for its time limit, its id, and what stands before an episode's first frame,
+        see :meth:`match_padding`; without one, zeros do
     :param device: where batches go
     :raises DatasetError: if they are damaged, invalid or of another environment
     :raises TypeError: if they are of no known kind
@@ -78,14 +90,24 @@ class Demonstrations:
         if frame_space.shape != observation_space.shape:
             found = [replace(d, observations=to_channel_first(d.observations, frame_space)) for d in found]
         self.trajectories = found
+        self.padding_type = "zero"
+        self.n_frames = self.frame_stack
+        """Frames in an observation, also where stacks were recorded."""
+        if self.frame_stack == 1:
+            recorded = ready_made_frames(frame_space)
+            if recorded > 1 and split_stacks(found[0].observations, recorded) is not None:
+                self.n_frames = recorded
+        if env is not None:
+            self.match_padding(env)
         lengths = np.array([len(d.actions) for d in self.trajectories])
         self.device = th.device(device)
-        self._frames = th.as_tensor(np.concatenate([d.observations for d in self.trajectories]))
+        frames = np.concatenate([d.observations for d in self.trajectories])
+        self._store, self._frames = ArrayFrames(frames), th.as_tensor(frames)
         self._actions = th.as_tensor(np.concatenate([d.actions for d in self.trajectories]))
         ends = [np.arange(n) == n - 1 for n in lengths]
         over = [end & d.terminated for end, d in zip(ends, self.trajectories, strict=True)]
         self._terminated = th.as_tensor(np.concatenate(over)).float()
-        self._age = th.as_tensor(np.concatenate([np.arange(n) for n in lengths]))
+        self._age = np.concatenate([np.arange(n) for n in lengths])
         first = np.cumsum(lengths + 1) - (lengths + 1)
         self._rows = th.as_tensor(np.concatenate([f + np.arange(n) for f, n in zip(first, lengths, strict=True)]))
         if not is_frame_space(observation_space):
@@ -101,13 +123,30 @@ class Demonstrations:
         """Number of episodes that ended the task."""
         return sum(d.terminated for d in self.trajectories)
 
-    def _observations(self, rows: th.Tensor, age: th.Tensor) -> th.Tensor:
+    def match_padding(self, env: VecEnv) -> None:
+        """
+        Stack single frames as the environment does at the start of an episode, and compare recorded stacks with it.
+
+        :param env: the agent's, reset once if ``n_frames`` > 1; see :func:`~sb3_ext.data.envs.padding_shown_by`
+        :raises DatasetError: if recorded stacks have another padding type
+        """
+        if self.n_frames == 1:
+            return
+        shown = padding_shown_by(env, self.n_frames)
+        if self.frame_stack > 1:
+            self.padding_type = choose_padding(self.name, shown, self.n_frames)
+            return
+        for number, d in enumerate(self.trajectories):
+            if d.from_start:
+                check_recorded_padding(self.name, number, d.observations, self.n_frames, shown)
+
+    def _observations(self, which: th.Tensor, next_observations: bool) -> list[th.Tensor]:
+        rows = self._rows[which]
         if self.frame_stack == 1:
-            return self._frames[rows]
-        back = th.arange(self.frame_stack - 1, -1, -1)
-        frames = self._frames[(rows[:, None] - back).clamp(min=0)]
-        frames *= (back <= age[:, None]).view(*frames.shape[:2], *[1] * (frames.ndim - 2)).to(frames.dtype)
-        return frames.flatten(1, 2)
+            return [self._frames[rows], self._frames[rows + 1]] if next_observations else [self._frames[rows]]
+        places = self._store, rows.numpy(), self._age[which.numpy()], self.frame_stack, self.padding_type
+        found = gather_stacks(*places) if next_observations else (gather_windows(*places, length=0),)
+        return [th.from_numpy(stacks) for stacks in found]
 
     def get(
         self, which: th.Tensor, normalize: VecNormalize | None = None, next_observations: bool = True
@@ -122,10 +161,7 @@ class Demonstrations:
             ended ``[B]``, on the device
         """
         which = which.to(self._rows.device)
-        rows, age = self._rows[which], self._age[which.cpu()]
-        observations = [self._observations(rows, age)]
-        if next_observations:
-            observations.append(self._observations(rows + 1, age + 1))
+        observations = self._observations(which, next_observations)
         if normalize is not None:
             observations = [th.as_tensor(normalize.normalize_obs(o.cpu().numpy())) for o in observations]
         now, after = observations[0].to(self.device), observations[-1].to(self.device)
@@ -158,7 +194,7 @@ def load_trajectories(demonstrations: DemonstrationsLike, env: gym.Env[Any, Any]
     Read demonstrations as trajectories for the ``imitation`` library's own algorithms.
 
     :param demonstrations: what :class:`~sb3_ext.gail.GAIL` takes
-    :param env: environment that they shall fit; frames are stacked as it shows them
+    :param env: environment that they shall fit; frames are stacked as it shows them, for which it is reset
     :return: the trajectories; unlike those of ``imitation.data.rollout``, ``terminal`` is False where a time limit
         ended the episode
     :raises DatasetError: if they are damaged, invalid or of another environment
@@ -166,14 +202,10 @@ def load_trajectories(demonstrations: DemonstrationsLike, env: gym.Env[Any, Any]
     """
     venv = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
     found = Demonstrations(demonstrations, venv.observation_space, venv.action_space, venv)
-    trajectories, start = [], 0
-    for d in found.trajectories:
-        length = len(d.actions)
-        observations, actions, after, _ = found.get(th.arange(start, start + length))
-        stacked = np.concatenate([observations.numpy(), after[-1:].numpy()])
-        trajectories.append(Trajectory(stacked, actions.numpy(), None, d.terminated))
-        start += length
-    return trajectories
+    return [
+        Trajectory(stack_episode(d.observations, found.frame_stack, found.padding_type), d.actions, None, d.terminated)
+        for d in found.trajectories
+    ]
 
 
 def _read(
@@ -284,7 +316,7 @@ def _split_buffer(buffer: ReplayBuffer) -> list[Demonstration]:
             observations = np.concatenate([buffer.observations[rows, column], last])
             terminated = bool(dones[b - 1]) and not buffer.timeouts[rows[-1], column]
             actions = _environment_actions(buffer.actions[rows, column], buffer.action_space)
-            found.append(Demonstration(observations, actions, terminated))
+            found.append(Demonstration(observations, actions, terminated, from_start=a > 0 or not buffer.full))
     return found
 
 
@@ -315,5 +347,5 @@ def _check(
     for number, d in enumerate(found):
         where = f"{name}, episode {number}"
         observations = check_observations(d.observations, observation_space, where)
-        checked.append(Demonstration(observations, check_actions(d.actions, action_space, where), d.terminated))
+        checked.append(replace(d, observations=observations, actions=check_actions(d.actions, action_space, where)))
     return checked

@@ -190,12 +190,17 @@ class GAIL(PPO):
         """
         Give the model demonstrations: a loaded one its own again, or others that fit its spaces.
 
+        Frames are stacked as the environment does at the start of an episode. It is reset to see that, so that
+        :meth:`learn` then begins a new episode; without an environment, zeros stand before the first frame.
+
         :param demonstrations: as in the constructor
         :raises DatasetError: see the constructor
         :raises TypeError: see the constructor
         :raises ValueError: if they hold fewer transitions than ``disc_batch_size``
         """
         found = Demonstrations(demonstrations, self.observation_space, self.action_space, self.env, self.device)
+        if found.n_frames > 1:
+            self._last_obs = None
         if len(found) < self.disc_batch_size:
             raise ValueError(
                 f"{found.name}: {len(found)} transitions are fewer than one discriminator batch; record more, or pass "
@@ -204,6 +209,18 @@ class GAIL(PPO):
         if self.absorbing:
             self._absorbing = AbsorbingStates(self.gamma, len(found), found.n_terminated)
         self._demonstrations = found
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Set the environment; see SB3.
+
+        :param env: as in SB3
+        :param force_reset: as in SB3; False also leaves the demonstrations' frame stacks as they are
+        :raises DatasetError: if the demonstrations are frame stacks that begin an episode otherwise
+        """
+        super().set_env(env, force_reset)
+        if force_reset and self._demonstrations is not None and self.env is not None:
+            self._demonstrations.match_padding(self.env)
 
     def _setup_model(self) -> None:
         super()._setup_model()

@@ -13,7 +13,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ext.replay.batch import PrioritizedReplayBufferSamples, ReplayHooks, n_step_returns, to_device
-from sb3_ext.replay.frames import FrameStore, gather_stacks
+from sb3_ext.replay.frames import FrameStore, check_padding_type, gather_stacks
 from sb3_ext.replay.priorities import Priorities
 
 
@@ -67,12 +67,12 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
     :param observation_space: space of the stacks the agent sees
     :param action_space: the action space
     :param frame_stack: frames per observation
-    :param pad_with_zeros: what comes before an episode's first frame: zeros, or that frame again
+    :param padding_type: what stands before an episode's first frame: ``"zero"``, or ``"reset"`` for that frame again
     :param n_steps: sum this many rewards before bootstrapping
     :param gamma: discount factor of that sum
     :param device: where batches go
     :param seed: seed of the sampler, which has its own generator so that evaluation does not disturb training
-    :raises ValueError: if the arrays do not fit together or there is no transition
+    :raises ValueError: if the arrays do not fit together, there is no transition, or ``padding_type`` is none
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
         action_space: spaces.Discrete,
         *,
         frame_stack: int = 1,
-        pad_with_zeros: bool = True,
+        padding_type: str = "zero",
         n_steps: int = 1,
         gamma: float = 0.99,
         device: th.device | str = "auto",
@@ -109,7 +109,7 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
         BaseBuffer.__init__(self, n_transitions, observation_space, action_space, device)
         self.frames, self.rewards, self.terminated = frames, rewards, terminated
         self.actions, self.lengths = actions, lengths
-        self.frame_stack, self.pad_with_zeros = frame_stack, pad_with_zeros
+        self.frame_stack, self.padding_type = frame_stack, check_padding_type(padding_type)
         self.n_steps, self.gamma = n_steps, gamma
         self.optimize_memory_usage, self.handle_timeout_termination = True, True
         self.pos, self.full = 0, True
@@ -173,14 +173,14 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
     def _get_samples(self, batch_inds: NDArray[np.int64], env: VecNormalize | None = None) -> ReplayBufferSamples:
         rows = self._rows[batch_inds].astype(np.int64)
         age = self._age[rows].astype(np.int64)
-        observations, next_observations = gather_stacks(self.frames, rows, age, self.frame_stack, self.pad_with_zeros)
+        observations, next_observations = gather_stacks(self.frames, rows, age, self.frame_stack, self.padding_type)
         last, discounts = rows, None
         if self.n_steps == 1:
             rewards = self._normalize_reward(self.rewards[rows].astype(np.float32), env)
         else:
             last, rewards, discounts = self._n_step(rows, env)
             next_observations = gather_stacks(
-                self.frames, last, self._age[last].astype(np.int64), self.frame_stack, self.pad_with_zeros
+                self.frames, last, self._age[last].astype(np.int64), self.frame_stack, self.padding_type
             )[1]
         observations, next_observations, actions, dones, rewards, discounts = to_device(
             (

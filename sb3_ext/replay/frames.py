@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 BLOCK = 16
 """Frames per compressed block: neighbours share most pixels, and a stack of four touches at most two blocks."""
 
+PADDING_TYPES = ("zero", "reset")
+"""What stands before an episode's first frame, in gymnasium's words: zeros, or that frame again."""
+
 
 class FrameStore(Protocol):
     """Read-only sequence of equally shaped frames."""
@@ -212,49 +215,142 @@ def stack_rows(
     return rows[:, None] + np.maximum(offsets[None, :], -age[:, None]), missing
 
 
+def check_padding_type(padding_type: str) -> str:
+    """
+    Refuse what is no padding type.
+
+    :param padding_type: ``"zero"`` or ``"reset"``
+    :return: it
+    :raises ValueError: if it is another
+    """
+    if padding_type not in PADDING_TYPES:
+        raise ValueError(f"padding_type must be one of {', '.join(PADDING_TYPES)}, not {padding_type!r}.")
+    return padding_type
+
+
+def gather_windows(
+    store: FrameStore,
+    rows: NDArray[np.int64],
+    age: NDArray[np.int64],
+    frame_stack: int,
+    padding_type: str,
+    length: int = 1,
+) -> Any:
+    """
+    Frames of the stacks of ``rows`` and of the ``length`` rows after them, each once.
+
+    :param store: the frames; row ``i + 1`` follows row ``i`` within an episode
+    :param rows: newest frame of each first stack, ``[B]``
+    :param age: steps since the episode began at these rows, ``[B]``
+    :param frame_stack: frames per stack, k
+    :param padding_type: what stands before an episode's first frame, see :data:`PADDING_TYPES`
+    :param length: how many following rows to append
+    :return: ``[B, (k + length) * C, ...]`` for frames of shape ``[C, ...]``, oldest first; an array, or a tensor if the
+        store gives those
+    """
+    index, missing = stack_rows(rows, age, frame_stack, length)
+    zeros, blank = padding_type == "zero", getattr(store, "blank", None)
+    if zeros and blank is not None:
+        index = np.where(missing, blank, index)
+    frames = store.take(index)
+    if zeros and blank is None and missing.any():
+        frames[missing] = 0
+    return frames.reshape(len(rows), (frame_stack + length) * store.shape[0], *store.shape[1:])
+
+
 def gather_stacks(
-    store: FrameStore, rows: NDArray[np.int64], age: NDArray[np.int64], frame_stack: int, pad_with_zeros: bool
+    store: FrameStore, rows: NDArray[np.int64], age: NDArray[np.int64], frame_stack: int, padding_type: str
 ) -> tuple[Any, Any]:
     """
     Observation and next observation of transitions stored as single frames.
 
-    :param store: the frames; row ``i + 1`` follows row ``i`` within an episode
+    :param store: see :func:`gather_windows`
     :param rows: row of each transition, ``[B]``
     :param age: steps since the episode began at these rows, ``[B]``
     :param frame_stack: frames per stack, k
-    :param pad_with_zeros: before the episode start: zeros (True) or the first frame again (False)
+    :param padding_type: see :func:`gather_windows`
     :return: ``observations, next_observations``, each ``[B, k * C, ...]`` for frames of shape ``[C, ...]``; arrays, or
         tensors if the store gives those
     """
-    index, missing = stack_rows(rows, age, frame_stack)
-    blank = getattr(store, "blank", None)
-    if pad_with_zeros and blank is not None:
-        index = np.where(missing, blank, index)
-    frames = store.take(index)
-    if pad_with_zeros and blank is None and missing.any():
-        frames[missing] = 0
-    channels = store.shape[0]
-    merged = frames.reshape(len(rows), (frame_stack + 1) * channels, *store.shape[1:])
+    merged, channels = gather_windows(store, rows, age, frame_stack, padding_type), store.shape[0]
     return merged[:, :-channels], merged[:, channels:]
 
 
-def split_stacks(observations: NDArray[Any], n_frames: int) -> tuple[NDArray[Any], frozenset[bool]] | None:
+def stack_episode(frames: NDArray[Any], frame_stack: int, padding_type: str) -> NDArray[Any]:
+    """
+    Every stack of one episode.
+
+    :param frames: in time order, ``[T + 1, C, ...]``
+    :param frame_stack: frames per stack, k
+    :param padding_type: see :func:`gather_windows`
+    :return: ``[T + 1, k * C, ...]``, oldest frame first
+    """
+    steps = np.arange(len(frames))
+    stacks: NDArray[Any] = gather_windows(ArrayFrames(frames), steps, steps, frame_stack, padding_type, length=0)
+    return stacks
+
+
+class FrameStacker:
+    """
+    The stack of an episode that is being played, frame by frame.
+
+    :param frame_stack: frames per stack, k
+    :param padding_type: what stands before an episode's first frame, see :data:`PADDING_TYPES`
+    :raises ValueError: if ``padding_type`` is none
+    """
+
+    def __init__(self, frame_stack: int, padding_type: str) -> None:
+        self.frame_stack, self.padding_type = frame_stack, check_padding_type(padding_type)
+        self._stack: NDArray[Any] = np.empty(0)
+
+    def reset(self, frame: NDArray[Any]) -> NDArray[Any]:
+        """
+        Begin an episode.
+
+        :param frame: its first frame, ``[C, ...]``
+        :return: the stack, ``[k * C, ...]``, oldest frame first
+        """
+        self._stack = stack_episode(frame[None], self.frame_stack, self.padding_type)[0]
+        return self._stack
+
+    def push(self, frame: NDArray[Any]) -> NDArray[Any]:
+        """
+        Add the next frame.
+
+        :param frame: ``[C, ...]``
+        :return: the stack, ``[k * C, ...]``, oldest frame first; a new array
+        """
+        self._stack = np.concatenate([self._stack[len(frame) :], frame])
+        return self._stack
+
+
+def padding_of(first_stack: NDArray[Any], frame_stack: int) -> frozenset[str]:
+    """
+    Tell from an episode's first stack what stands before its first frame.
+
+    :param first_stack: ``[k * C, ...]``, oldest frame first
+    :param frame_stack: frames per stack, k
+    :return: the padding types that explain it: both if the first frame is black, none if it is other frames
+    """
+    frames = first_stack.reshape(frame_stack, -1)
+    before, first = frames[:-1], frames[-1]
+    fits = {"zero": not before.any(), "reset": bool((before == first).all())}
+    return frozenset(padding_type for padding_type in PADDING_TYPES if fits[padding_type])
+
+
+def split_stacks(observations: NDArray[Any], frame_stack: int) -> tuple[NDArray[Any], frozenset[str]] | None:
     """
     Take ready-made stacks of one episode apart, if that loses nothing.
 
     :param observations: stacks of one episode in time order, ``[T + 1, k * C, ...]``, oldest frame first
-    :param n_frames: frames per stack, k, at least 2
-    :return: the newest frames ``[T + 1, C, ...]``, and which values of ``pad_with_zeros`` give the first stack (both if
-        the first frame is black); None if the observations are not such stacks
+    :param frame_stack: frames per stack, k, at least 2
+    :return: the newest frames ``[T + 1, C, ...]``, and the padding types that give the first stack, see
+        :func:`padding_of`; None if the observations are not such stacks
     """
-    channels, rest = divmod(observations.shape[1], n_frames)
+    channels, rest = divmod(observations.shape[1], frame_stack)
     if rest:
         return None
-    newest = observations[:, -channels:]
     if not np.array_equal(observations[1:, :-channels], observations[:-1, channels:]):
         return None
-    padding = observations[0, :-channels].reshape(n_frames - 1, channels, *observations.shape[2:])
-    fits = frozenset(
-        zeros for zeros, frame in ((True, np.zeros_like(newest[0])), (False, newest[0])) if (padding == frame).all()
-    )
-    return (newest, fits) if fits else None
+    fits = padding_of(observations[0], frame_stack)
+    return (observations[:, -channels:], fits) if fits else None

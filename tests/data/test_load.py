@@ -191,23 +191,23 @@ def test_observations_take_the_dtype_of_the_space(make_dataset: MakeDataset) -> 
 # ------------------------------------------------------------------ ready-made stacks
 
 
-def stacked_episodes(pad_with_zeros: bool, last: bool, **changes: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+def stacked_episodes(padding_type: str, last: bool, **changes: Any) -> tuple[list[dict[str, Any]], list[Any]]:
     singles = random_episodes((40, 40), **changes)
     stacked = []
     for episode in singles:
         frames = [frame[None] for frame in episode["observations"]]
-        stacks = np.stack([reference.stack_at(frames, t, 4, pad_with_zeros) for t in range(len(frames))])
+        stacks = np.stack([reference.stack_at(frames, t, 4, padding_type) for t in range(len(frames))])
         stacked.append({**episode, "observations": stacks.transpose(0, 2, 3, 1) if last else stacks})
     return stacked, singles
 
 
-@pytest.mark.parametrize("pad_with_zeros", [True, False])
+@pytest.mark.parametrize("padding_type", ["zero", "reset"])
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("frame_stack", [None, 4])
 def test_ready_made_stacks_are_taken_apart(
-    pad_with_zeros: bool, last: bool, frame_stack: int | None, make_dataset: MakeDataset
+    padding_type: str, last: bool, frame_stack: int | None, make_dataset: MakeDataset
 ) -> None:
-    episodes, _ = stacked_episodes(pad_with_zeros, last)
+    episodes, _ = stacked_episodes(padding_type, last)
     dataset = make_dataset(episodes, picture_space((40, 40, 4) if last else (4, 40, 40)))
     for storage in ("ram", "mmap"):
         buffer = load_minari(dataset, frame_stack=frame_stack, storage=storage, device="cpu")
@@ -221,7 +221,7 @@ def test_two_frames_of_rgb_are_taken_apart_if_asked_for(make_dataset: MakeDatase
     episodes = random_episodes((3, 40, 40))
     for episode in episodes:
         frames = list(episode["observations"])
-        episode["observations"] = np.stack([reference.stack_at(frames, t, 2, True) for t in range(len(frames))])
+        episode["observations"] = np.stack([reference.stack_at(frames, t, 2, "zero") for t in range(len(frames))])
     dataset = make_dataset(episodes, picture_space((6, 40, 40)))
     buffer = load_minari(dataset, frame_stack=2, device="cpu")
     assert buffer.frames.shape == (3, 40, 40)
@@ -237,7 +237,7 @@ def test_a_black_first_frame_does_not_decide_the_padding(make_dataset: MakeDatas
     episodes[0]["observations"][0] = 0
     for episode in episodes:
         frames = [frame[None] for frame in episode["observations"]]
-        episode["observations"] = np.stack([reference.stack_at(frames, t, 4, False) for t in range(len(frames))])
+        episode["observations"] = np.stack([reference.stack_at(frames, t, 4, "reset") for t in range(len(frames))])
     dataset = make_dataset(episodes, picture_space((4, 40, 40)))
     buffer = load_minari(dataset, device="cpu")
     assert len(buffer.frames) == 9
@@ -248,7 +248,7 @@ def test_a_black_first_frame_does_not_decide_the_padding(make_dataset: MakeDatas
 @pytest.mark.parametrize("storage", ["ram", "compressed"])
 def test_stacks_that_differ_from_each_other_are_kept_as_they_are(storage: str, make_dataset: MakeDataset) -> None:
     """Zeros before one episode and copies before the next: no single rule rebuilds both."""
-    one, two = stacked_episodes(True, False)[0][0], stacked_episodes(False, False)[0][1]
+    one, two = stacked_episodes("zero", False)[0][0], stacked_episodes("reset", False)[0][1]
     dataset = make_dataset([one, two], picture_space((4, 40, 40)))
     buffer = load_minari(dataset, storage=storage, device="cpu")
     assert buffer.frames.shape == (4, 40, 40)
@@ -266,7 +266,7 @@ def test_four_channels_that_are_no_stack(make_dataset: MakeDataset, monkeypatch:
 
 
 def test_one_frame_at_a_time_can_be_asked_for(make_dataset: MakeDataset) -> None:
-    episodes, _ = stacked_episodes(True, False)
+    episodes, _ = stacked_episodes("zero", False)
     dataset = make_dataset(episodes, picture_space((4, 40, 40)))
     buffer = load_minari(dataset, frame_stack=1, device="cpu")
     assert buffer.frames.shape == (4, 40, 40)
@@ -276,13 +276,13 @@ def test_one_frame_at_a_time_can_be_asked_for(make_dataset: MakeDataset) -> None
 # ------------------------------------------------------------------ the environment's side
 
 
-@pytest.mark.parametrize(("frame_stack", "pad_with_zeros"), [(1, True), (3, False), (4, True), (4, False)])
+@pytest.mark.parametrize(("frame_stack", "padding_type"), [(1, "zero"), (3, "reset"), (4, "zero"), (4, "reset")])
 def test_the_environment_shows_what_the_buffer_rebuilds(
-    breakout: minari.MinariDataset, frame_stack: int, pad_with_zeros: bool
+    breakout: minari.MinariDataset, frame_stack: int, padding_type: str
 ) -> None:
     buffer = load_minari(breakout, frame_stack=frame_stack, device="cpu")
-    buffer.pad_with_zeros = pad_with_zeros
-    env = StackFrames(make_atari_env("Breakout"), frame_stack, pad_with_zeros)
+    buffer.padding_type = padding_type
+    env = StackFrames(make_atari_env("Breakout"), frame_stack, padding_type)
     assert env.observation_space == buffer.observation_space
     first, episode = breakout[0], 0
     metadata = next(iter(breakout.storage.get_episode_metadata([episode])))
@@ -329,7 +329,7 @@ class _RandomModel:
 
 
 def test_eval_env_of_ready_made_stacks_does_not_stack_again() -> None:
-    env = StackFrames(make_atari_env("Breakout"), 4, pad_with_zeros=False)
+    env = StackFrames(make_atari_env("Breakout"), 4, padding_type="reset")
     dataset = record(None, env, "by/stacks-v0", n_episodes=1)
     for frame_stack in (None, 4):
         buffer = load_minari(dataset, frame_stack=frame_stack, device="cpu")
@@ -590,6 +590,8 @@ def test_info_says_what_the_buffer_holds(cartpole: minari.MinariDataset) -> None
         "env_id": "CartPole-v1",
         "algorithm_name": "random",
         "frame_stack": 1,
+        "padding_type": "zero",
+        "recorded_stacks": False,
         "subset": 1.0,
         "episodes": len(returns),
         "steps": int(sum(returns)),

@@ -81,13 +81,13 @@ def test_three_steps_by_hand() -> None:
     st.integers(1, 5),
     st.integers(1, 4),
     st.sampled_from([0.0, 0.5, 0.99, 1.0]),
-    st.booleans(),
+    st.sampled_from(["zero", "reset"]),
 )
 def test_every_transition_against_the_loop(
-    episodes: list[tuple[list[int], bool]], n_steps: int, frame_stack: int, gamma: float, pad_with_zeros: bool
+    episodes: list[tuple[list[int], bool]], n_steps: int, frame_stack: int, gamma: float, padding_type: str
 ) -> None:
     made = [{"rewards": list(map(float, rewards)), "terminated": end} for rewards, end in episodes]
-    options = {"n_steps": n_steps, "frame_stack": frame_stack, "gamma": gamma, "pad_with_zeros": pad_with_zeros}
+    options = {"n_steps": n_steps, "frame_stack": frame_stack, "gamma": gamma, "padding_type": padding_type}
     batch = everything(make_buffer(made, **options))
     wanted: list[reference.Transition] = []
     for k, (rewards, end) in enumerate(episodes):

@@ -13,12 +13,16 @@ from hypothesis.extra import numpy as hnp
 
 from sb3_ext.replay.frames import (
     BLOCK,
+    PADDING_TYPES,
     ArrayFrames,
     BlockFrames,
     BlockWriter,
+    FrameStacker,
     gather_stacks,
     pack_frames,
+    padding_of,
     split_stacks,
+    stack_episode,
     stack_rows,
     unpack_frames,
 )
@@ -148,11 +152,11 @@ def test_stack_rows_by_hand() -> None:
     st.lists(st.integers(1, 6), min_size=1, max_size=4),
     st.integers(1, 4),
     st.integers(1, 3),
-    st.booleans(),
+    st.sampled_from(PADDING_TYPES),
     st.booleans(),
 )
 def test_gathered_stacks_against_a_loop(
-    lengths: list[int], frame_stack: int, channels: int, pad_with_zeros: bool, compressed: bool
+    lengths: list[int], frame_stack: int, channels: int, padding_type: str, compressed: bool
 ) -> None:
     n_rows = sum(lengths) + len(lengths)
     frames = np.random.default_rng(0).integers(1, 256, (n_rows, channels, 2, 3), np.uint8)
@@ -161,26 +165,28 @@ def test_gathered_stacks_against_a_loop(
     for length in lengths:
         episode = list(frames[row : row + length + 1])
         ages = np.arange(length)
-        got, following = gather_stacks(store, row + ages, ages, frame_stack, pad_with_zeros)
+        got, following = gather_stacks(store, row + ages, ages, frame_stack, padding_type)
         for t in range(length):
-            np.testing.assert_array_equal(got[t], reference.stack_at(episode, t, frame_stack, pad_with_zeros))
-            np.testing.assert_array_equal(following[t], reference.stack_at(episode, t + 1, frame_stack, pad_with_zeros))
+            np.testing.assert_array_equal(got[t], reference.stack_at(episode, t, frame_stack, padding_type))
+            np.testing.assert_array_equal(following[t], reference.stack_at(episode, t + 1, frame_stack, padding_type))
         row += length + 1
 
 
-def stacks_of(frames: np.ndarray, k: int, pad_with_zeros: bool) -> np.ndarray:
-    return np.stack([reference.stack_at(list(frames), t, k, pad_with_zeros) for t in range(len(frames))])
+def stacks_of(frames: np.ndarray, k: int, padding_type: str) -> np.ndarray:
+    return np.stack([reference.stack_at(list(frames), t, k, padding_type) for t in range(len(frames))])
 
 
-@given(st.integers(2, 8), st.integers(2, 4), st.integers(1, 3), st.booleans(), st.integers(0, 2**32 - 1))
-def test_stacks_can_be_taken_apart(length: int, k: int, channels: int, pad_with_zeros: bool, seed: int) -> None:
+@given(
+    st.integers(2, 8), st.integers(2, 4), st.integers(1, 3), st.sampled_from(PADDING_TYPES), st.integers(0, 2**32 - 1)
+)
+def test_stacks_can_be_taken_apart(length: int, k: int, channels: int, padding_type: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     frames = rng.integers(1, 256, (length, channels, 2, 2), np.uint8)
-    stacks = stacks_of(frames, k, pad_with_zeros)
+    stacks = stacks_of(frames, k, padding_type)
     parts = split_stacks(stacks, k)
     assert parts is not None
     np.testing.assert_array_equal(parts[0], frames)
-    assert parts[1] == {pad_with_zeros}
+    assert parts[1] == {padding_type}
 
     # one pixel of an older frame that the next stack does not confirm
     t, c = int(rng.integers(1, length)), int(rng.integers(0, (k - 1) * channels))
@@ -191,15 +197,56 @@ def test_stacks_can_be_taken_apart(length: int, k: int, channels: int, pad_with_
 def test_a_black_first_frame_fits_both_paddings() -> None:
     frames = np.random.default_rng(0).integers(1, 256, (5, 1, 2, 2), np.uint8)
     frames[0] = 0
-    parts = split_stacks(stacks_of(frames, 4, True), 4)
+    parts = split_stacks(stacks_of(frames, 4, "zero"), 4)
     assert parts is not None
-    assert parts[1] == {True, False}
+    assert parts[1] == {"zero", "reset"}
 
 
 def test_what_is_no_stack_is_left_alone() -> None:
     frames = np.random.default_rng(0).integers(1, 256, (8, 1, 2, 2), np.uint8)
-    stacks = stacks_of(frames, 4, True)
+    stacks = stacks_of(frames, 4, "zero")
     assert split_stacks(stacks[4:], 4) is None  # the middle of an episode: what came before is not padding
     assert split_stacks(stacks[:, ::-1], 4) is None  # newest frame first
     assert split_stacks(stacks, 3) is None  # 4 channels are no 3 frames
     assert split_stacks(stacks, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("padding_type", "wanted"),
+    [
+        ("zero", [[0, 0, 7], [0, 7, 8], [7, 8, 9], [8, 9, 5]]),
+        ("reset", [[7, 7, 7], [7, 7, 8], [7, 8, 9], [8, 9, 5]]),
+    ],
+)
+def test_an_episode_is_stacked_by_hand(padding_type: str, wanted: list[list[int]]) -> None:
+    """As a whole, as transitions, and frame by frame, twice."""
+    frames = np.array([[7], [8], [9], [5]], np.uint8)
+    stacks = stack_episode(frames, 3, padding_type)
+    assert stacks.dtype == np.uint8
+    assert stacks.tolist() == wanted
+    steps = np.arange(3)
+    now, following = gather_stacks(ArrayFrames(frames), steps, steps, 3, padding_type)
+    assert now.tolist() == wanted[:-1]
+    assert following.tolist() == wanted[1:]
+    stacker = FrameStacker(3, padding_type)
+    for _ in range(2):
+        played = [stacker.reset(frames[0]), *(stacker.push(frame) for frame in frames[1:])]
+        assert [stack.tolist() for stack in played] == wanted  # none is overwritten by the next
+
+
+def test_padding_by_hand() -> None:
+    for stack, wanted in (
+        ([0, 0, 0, 0, 5, 6], {"zero"}),
+        ([5, 6, 5, 6, 5, 6], {"reset"}),
+        ([0, 0, 0, 0, 0, 0], {"zero", "reset"}),
+        ([0, 0, 1, 2, 5, 6], set()),
+        ([5, 6, 5, 5, 5, 6], set()),
+        ([0, 0, 5, 6, 5, 6], set()),
+    ):
+        assert padding_of(np.array(stack), 3) == wanted
+    assert padding_of(np.array([5, 6]), 1) == {"zero", "reset"}
+
+
+def test_another_padding_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="padding_type must be one of zero, reset, not 'edge'"):
+        FrameStacker(2, "edge")

@@ -414,6 +414,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         """
         self.n_envs = env.num_envs if isinstance(env, VecEnv) else 1
         super().set_env(env, force_reset)
+        self._match_padding(self._dataset)
 
     def _excluded_save_params(self) -> list[str]:
         names = ("_online_buffer", "_online_forward", "_target_forward", "_graphed_loss")

@@ -25,7 +25,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSam
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
-from sb3_ext.data.load import DatasetLike, load_minari
+from sb3_ext.data.load import DatasetLike, load_minari, match_padding
 from sb3_ext.data.verify import action_coverage
 from sb3_ext.normalize import begin_statistics_of
 from sb3_ext.off_policy import MetricMeans
@@ -123,6 +123,8 @@ class OfflineAlgorithm(BaseAlgorithm):
     _sampler_state: Any = None
     """Of the model that was loaded, until its data is back."""
     _saved_sampler: Any = None
+    _given_padding = False
+    """Whether the user said what stands before an episode's first frame."""
     _online = False
     """Whether the steps are those of an environment at the moment."""
 
@@ -150,9 +152,10 @@ class OfflineAlgorithm(BaseAlgorithm):
             self._check_replay_buffer(buffer)
             buffer.device = self.device
         else:
-            buffer = load_minari(
-                dataset, n_steps=self.n_steps, gamma=self.gamma, device=self.device, **self.dataset_kwargs
-            )
+            kwargs = dict(self.dataset_kwargs)
+            if self._n_updates:  # what the model has learnt from
+                kwargs.setdefault("padding_type", self.dataset_info.get("padding_type"))
+            buffer = load_minari(dataset, n_steps=self.n_steps, gamma=self.gamma, device=self.device, **kwargs)
         if not isinstance(buffer.action_space, self.action_kinds):
             raise ValueError(
                 f"{type(self).__name__} needs {' or '.join(k.__name__ for k in self.action_kinds)} actions, the "
@@ -163,9 +166,18 @@ class OfflineAlgorithm(BaseAlgorithm):
         else:
             self._compare_spaces(buffer)
         self._check_policy(buffer.observation_space)
+        self._given_padding = isinstance(dataset, ReplayBuffer) or self.dataset_kwargs.get("padding_type") is not None
+        self._match_padding(buffer)
         self.dataset_info = dict(getattr(buffer, "info", {}))
         self._dataset = self.replay_buffer = buffer
         self._set_returns()
+
+    def _match_padding(self, buffer: ReplayBuffer | None) -> None:
+        """Let episodes begin in the data as in the environment, or refuse if they cannot."""
+        if self.env is None or not isinstance(buffer, OfflineReplayBuffer) or buffer.frame_stack == 1:
+            return
+        match_padding(buffer, self.env, fixed=self._given_padding or self._n_updates > 0)
+        self._last_obs = None  # the environment was reset
 
     def _set_returns(self) -> None:
         """Let the data give returns as this model wants them; another model may have the same buffer."""

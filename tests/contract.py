@@ -681,7 +681,7 @@ def signature(case: Case) -> None:
 def empty_buffer(case: Case) -> None:
     """A saved model learns on with an empty replay buffer, long after ``learning_starts``."""
     for n_steps in (1, 3):
-        case.make(n_steps=n_steps).learn(40).save(case.folder / f"{n_steps}")
+        case.make(n_steps=n_steps).learn(24).save(case.folder / f"{n_steps}")
         for train_freq in (1, 4, (1, "episode")):
             for n in (1, 3) if train_freq != (1, "episode") else (1,):  # SB3 counts episodes of one environment
                 path, changes = case.folder / f"{n_steps}", {"train_freq": train_freq, "learning_starts": 20}
@@ -689,10 +689,10 @@ def empty_buffer(case: Case) -> None:
                 case.give_data(loaded)
                 before = loaded._n_updates
                 if case.offline:
-                    loaded.learn_online(12 * n, reset_num_timesteps=False, offline_fraction=0.0)
+                    loaded.learn_online(4 * n, reset_num_timesteps=False, offline_fraction=0.0)
                 else:
                     assert loaded.replay_buffer.size() == 0
-                    loaded.learn(12 * n, reset_num_timesteps=False)
+                    loaded.learn(4 * n, reset_num_timesteps=False)
                 assert loaded._n_updates > before, (n_steps, train_freq, n)
 
 
@@ -801,7 +801,7 @@ def tensorboard(case: Case) -> None:
     folder = case.folder / "logs"
     model = case.make(tensorboard_log=str(folder))
     for _ in range(2):
-        model.learn(2 * case.steps, log_interval=1, tb_log_name="run")
+        model.learn(case.steps, log_interval=1, tb_log_name="run")
     model.logger.close()
     assert sorted(path.name for path in folder.iterdir()) == ["run_1", "run_2"]
     events = EventAccumulator(str(folder / "run_1"))

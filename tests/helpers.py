@@ -98,6 +98,34 @@ class Masked(gym.Env[Any, Any]):
         return legal
 
 
+class Pixels(gym.Env[Any, Any]):
+    """A bright square that action 1 keeps in place; terminates when it reaches the edge. One [36, 36] frame."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+        self.observation_space = spaces.Box(0, 255, (36, 36), np.uint8)
+        self.action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.place = 4
+        return self._draw(), {}
+
+    def _draw(self) -> np.ndarray:
+        frame = np.zeros((36, 36), np.uint8)
+        frame[self.place * 4 : self.place * 4 + 4] = 200
+        return frame
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.place += 1 - int(action)
+        return self._draw(), 1.0, self.place >= 8, False, {}
+
+
+gym.register("Pixels-v0", entry_point=f"{__name__}:Pixels", max_episode_steps=30)
+
+
 def published_loss(
     quantiles: np.ndarray, next_quantiles: np.ndarray, actions: np.ndarray, rewards: np.ndarray, dones: np.ndarray,
     gamma: float, alpha: float,

@@ -6,11 +6,8 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
 
 import pytest
-import sb3_contrib
-import stable_baselines3 as sb3
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 import sb3_ext
@@ -20,46 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def parameters(cls: type) -> list[str]:
     return [p for p in inspect.signature(cls.__init__).parameters if p != "self"]
-
-
-@pytest.mark.parametrize(("ours", "theirs"), [(sb3_ext.DQN, sb3.DQN), (sb3_ext.QRDQN, sb3_contrib.QRDQN)])
-def test_drop_ins_have_the_same_signature(ours: Any, theirs: Any) -> None:
-    assert inspect.signature(ours.__init__) == inspect.signature(theirs.__init__)
-    assert ours.policy_aliases.keys() == theirs.policy_aliases.keys()
-    assert all(issubclass(policy, theirs.policy_aliases[name]) for name, policy in ours.policy_aliases.items())
-
-
-def test_cql_signature_differs_from_qrdqn_only_as_intended() -> None:
-    ours, theirs = parameters(sb3_ext.CQL), parameters(sb3_contrib.QRDQN)
-    added = {
-        "dataset",
-        "cql_alpha",
-        "double_q",
-        "clip_rewards",
-        "dataset_kwargs",
-        "torch_compile",
-        "bf16",
-        "cuda_graphs",
-    }
-    # the dataset decides how it is stored
-    removed = {"replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"}
-    assert set(ours) - set(theirs) == added
-    assert set(theirs) - set(ours) == removed
-    assert [p for p in ours if p not in added] == [p for p in theirs if p not in removed]
-    defaults = {
-        name: (inspect.signature(sb3_ext.CQL.__init__).parameters[name].default, p.default)
-        for name, p in inspect.signature(sb3_contrib.QRDQN.__init__).parameters.items()
-        if name in ours
-    }
-    different = {name for name, (a, b) in defaults.items() if a != b}
-    assert different == {
-        "env",
-        "buffer_size",
-        "learning_starts",
-        "target_update_interval",
-        "exploration_fraction",
-        "exploration_initial_eps",
-    }
 
 
 @pytest.mark.parametrize("name", sb3_ext.__all__)

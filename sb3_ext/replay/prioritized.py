@@ -85,6 +85,8 @@ class PrioritizedReplayBuffer(ReplayBuffer, ReplayHooks):
         # a buffer of one step is that of a model which is loaded to predict only
         if n_steps < 1 or n_steps > size > 1:
             raise ValueError(f"n_steps must be between 1 and the {size} steps the buffer holds, got {n_steps}.")
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma must be between 0 and 1, got {gamma}.")
         self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
         self.n_steps, self.gamma = n_steps, gamma

@@ -14,7 +14,6 @@ import torch as th
 from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
-from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
@@ -288,35 +287,6 @@ def test_augmentation() -> None:
 # --- the algorithm
 
 
-@pytest.mark.parametrize(("env", "n_envs"), [("CartPole-v1", 1), ("CartPole-v1", 2), ("Pendulum-v1", 1)])
-def test_sb3_contract(env: str, n_envs: int, tmp_path: Path) -> None:
-    venv = make_vec_env(env, n_envs, seed=0)
-    model = EfficientZeroV2("MlpPolicy", venv, seed=0, **SMALL)
-    evaluate = EvalCallback(Monitor(gym.make(env, max_episode_steps=20)), eval_freq=30, n_eval_episodes=1, verbose=0)
-    checkpoints = CheckpointCallback(30, str(tmp_path / "checkpoints"), save_replay_buffer=True)
-    assert model.learn(60, callback=[evaluate, checkpoints]) is model
-    assert model._n_updates > 0
-    observation = venv.observation_space.sample()
-    action, _ = model.predict(observation, deterministic=True)
-    assert venv.action_space.contains(action if action.shape else int(action))
-    model.save(tmp_path / "model")
-    other = EfficientZeroV2.load(tmp_path / "model", env=venv)
-    np.testing.assert_array_equal(action, other.predict(observation, deterministic=True)[0])
-    for a, b in zip(model.policy_target.parameters(), other.policy_target.parameters(), strict=True):
-        assert th.equal(a, b)
-    model.save_replay_buffer(tmp_path / "replay")
-    other.load_replay_buffer(tmp_path / "replay")
-    other.learn(20, reset_num_timesteps=False)
-    assert other.num_timesteps == 60 + 20
-    other.train(gradient_steps=2, batch_size=4)
-    assert (tmp_path / "checkpoints" / f"rl_model_replay_buffer_{30 * n_envs}_steps.pkl").exists()
-    # a batch of observations equals them one by one
-    batch = np.stack([venv.observation_space.sample() for _ in range(5)])
-    together, _ = model.predict(batch, deterministic=True)
-    alone = [model.predict(row, deterministic=True)[0] for row in batch]
-    np.testing.assert_allclose(together, np.stack(alone), atol=1e-5)
-
-
 def test_greedy_continuous_actions_depend_on_the_observation_alone() -> None:
     settings = {**SMALL, "num_simulations": 40}
     policy = EfficientZeroV2("MlpPolicy", "Pendulum-v1", seed=0, **settings).policy
@@ -376,13 +346,6 @@ def test_what_was_searched_with_other_settings_is_forgotten(tmp_path: Path) -> N
     memo = other.replay_buffer.memo
     assert memo is not None
     assert memo.get("policy", np.arange(3)).shape == (3, 4)
-
-
-@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
-def test_seeds_are_bit_identical(env: str) -> None:
-    models = [EfficientZeroV2("MlpPolicy", env, seed=3, **SMALL).learn(60) for _ in range(2)]
-    for a, b in zip(*(m.policy.state_dict().values() for m in models), strict=True):
-        assert th.equal(a, b)
 
 
 @pytest.mark.parametrize(

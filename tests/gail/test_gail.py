@@ -1,6 +1,5 @@
 """GAIL: imitation as the oracle, hand-computed rewards, SB3's contract, demonstrations of every kind."""
 
-import io
 import subprocess
 import sys
 import warnings
@@ -50,34 +49,6 @@ def balance(observation: np.ndarray) -> int:
 @pytest.fixture(scope="session")
 def expert(session_folders: None) -> minari.MinariDataset:
     return record(balance, CARTPOLE, "cartpole/expert-v0", n_episodes=4)
-
-
-class Pixels(gym.Env[Any, Any]):
-    """A bright square that action 1 keeps in place; terminates when it reaches the edge. One [36, 36] frame."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
-
-    def __init__(self, render_mode: str | None = None) -> None:
-        self.render_mode = render_mode
-        self.observation_space = spaces.Box(0, 255, (36, 36), np.uint8)
-        self.action_space = spaces.Discrete(2)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.place = 4
-        return self._draw(), {}
-
-    def _draw(self) -> np.ndarray:
-        frame = np.zeros((36, 36), np.uint8)
-        frame[self.place * 4 : self.place * 4 + 4] = 200
-        return frame
-
-    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.place += 1 - int(action)
-        return self._draw(), 1.0, self.place >= 8, False, {}
-
-
-gym.register("Pixels-v0", entry_point=f"{__name__}:Pixels", max_episode_steps=30)
 
 
 def learn(model: GAIL, steps: int = 128) -> GAIL:
@@ -422,14 +393,6 @@ def test_learns_cartpole_quickly(expert: minari.MinariDataset) -> None:
     assert evaluate_policy(model, make_vec_env("CartPole-v1", 8, seed=2), 16)[0] > 100  # random: 22
 
 
-def test_same_seed_same_run(expert: minari.MinariDataset) -> None:
-    runs = [GAIL("MlpPolicy", "CartPole-v1", expert, seed=s, **SMALL).learn(128) for s in (5, 5, 6)]
-    for get in (lambda m: m.policy, lambda m: m.discriminator.net):
-        a, b, c = (parameters(get(run)) for run in runs)
-        np.testing.assert_array_equal(a, b)
-        assert (a != c).any()
-
-
 def test_save_and_load_bring_everything_back(expert: minari.MinariDataset, tmp_path: Path) -> None:
     model = GAIL("MlpPolicy", make_vec_env("CartPole-v1", 2, seed=0), expert, seed=0, **SMALL).learn(256)
     model.save(tmp_path / "model")
@@ -458,16 +421,6 @@ def test_save_and_load_bring_everything_back(expert: minari.MinariDataset, tmp_p
         m.learn(128, reset_num_timesteps=False)
     np.testing.assert_array_equal(parameters(model.policy), parameters(loaded.policy))
     np.testing.assert_array_equal(parameters(model.discriminator.net), parameters(loaded.discriminator.net))
-
-
-def test_load_from_a_stream_and_for_prediction_only(expert: minari.MinariDataset) -> None:
-    model = learn(GAIL("MlpPolicy", "CartPole-v1", expert, seed=0, **SMALL))
-    stream = io.BytesIO()
-    model.save(stream)
-    stream.seek(0)
-    loaded = GAIL.load(stream)
-    observation = np.zeros(4, np.float32)
-    assert loaded.predict(observation, deterministic=True)[0] == model.predict(observation, deterministic=True)[0]
 
 
 def test_another_algorithms_file_is_refused(tmp_path: Path) -> None:
@@ -500,27 +453,6 @@ def test_callbacks_logs_and_progress_bar(expert: minari.MinariDataset, tmp_path:
     tags = set(events.Tags()["scalars"])
     assert {f"gail/{k}" for k in wanted} | {"rollout/ep_rew_mean", "train/value_loss"} <= tags
     assert [e.value for e in events.Scalars("gail/true_reward_mean")] == [1.0] * 4
-
-
-def test_a_callback_can_stop_in_the_middle_of_a_rollout(expert: minari.MinariDataset) -> None:
-    model = GAIL("MlpPolicy", "CartPole-v1", expert, seed=0, **SMALL)
-    model.learn(320, callback=lambda a, b: model.num_timesteps < 40)
-    assert model.num_timesteps == 40
-
-
-def test_signature_is_ppos_and_more() -> None:
-    import inspect
-
-    ours, theirs = (list(inspect.signature(cls.__init__).parameters) for cls in (GAIL, PPO))
-    added = {
-        "demonstrations", "reward", "absorbing", "reward_net_class", "reward_net_kwargs", "disc_learning_rate",
-        "disc_batch_size", "n_disc_updates", "gradient_penalty", "penalty_every", "spectral_norm", "replay_rollouts",
-        "bc_epochs",
-    }  # fmt: skip
-    assert [p for p in ours if p not in added] == theirs
-    assert set(ours) - set(theirs) == added
-    text = inspect.getdoc(GAIL) or ""
-    assert not [p for p in ours[1:] if f":param {p}:" not in text]
 
 
 # spaces

@@ -35,7 +35,7 @@ from sb3_ext.cql.support import (
     short_space,
     warn_on_overestimation,
 )
-from sb3_ext.cuda_graphs import RecordedLoss
+from sb3_ext.cuda_graphs import GraphedLoss
 from sb3_ext.data.load import DatasetLike, load_minari
 from sb3_ext.data.verify import action_coverage
 from sb3_ext.dqn.dqn import QRDQN
@@ -61,7 +61,7 @@ class OfflineQRDQN(QRDQN):
     _offline_buffer: ReplayBuffer | None
     _online_buffer: OnlineReplayBuffer | None
     _policy_name: str | None
-    _recorded_loss: RecordedLoss
+    _recorded_loss: GraphedLoss
     _sampler_state: Any
     _online_forward: Callable[[th.Tensor], th.Tensor]
     _target_forward: Callable[[th.Tensor], th.Tensor]
@@ -190,7 +190,7 @@ class OfflineQRDQN(QRDQN):
         self._seed_sampler()
 
     def _forget_recordings(self) -> None:
-        self._recorded_loss = RecordedLoss(self.quantile_net, lambda *x: self._loss(ReplayBufferSamples(*x)))
+        self._recorded_loss = GraphedLoss(self.quantile_net, lambda *x: self._loss(ReplayBufferSamples(*x)))
 
     def get_env(self) -> VecEnv | None:
         """

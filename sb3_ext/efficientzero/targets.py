@@ -71,7 +71,7 @@ def mix_values(n_step: Floats, search: Floats, fresh: NDArray[np.bool_]) -> NDAr
     return np.where(fresh[:, None], n_step, search).astype(np.float32)
 
 
-def masks(
+def loss_masks(
     lengths: NDArray[np.int64], terminated: NDArray[np.bool_], unroll_steps: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """

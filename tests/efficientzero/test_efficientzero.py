@@ -28,7 +28,7 @@ from sb3_ext.efficientzero.loss import random_intensity, random_shift
 from sb3_ext.efficientzero.networks import CnnNetwork, RunningNorm
 from sb3_ext.efficientzero.policies import CnnPolicy, MlpPolicy
 from sb3_ext.efficientzero.replay import SequenceReplayBuffer
-from sb3_ext.efficientzero.targets import masks, mix_values, n_step_values
+from sb3_ext.efficientzero.targets import loss_masks, mix_values, n_step_values
 from sb3_ext.losses import cross_entropy, inverse_value_transform, negative_cosine, two_hot, value_transform
 from tests.helpers import SMALL, TINY_CNN, fill, randomize
 
@@ -102,8 +102,8 @@ def test_short_windows_are_refused() -> None:
         )
 
 
-def test_masks_by_hand() -> None:
-    policy, value, reward = masks(np.array([1, 1, 5]), np.array([True, False, True]), 3)
+def test_loss_masks_by_hand() -> None:
+    policy, value, reward = loss_masks(np.array([1, 1, 5]), np.array([True, False, True]), 3)
     assert policy.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
     assert value.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]
     assert reward.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 1]]
@@ -493,7 +493,7 @@ def test_entropy_is_in_the_loss(env: str, default: float) -> None:
         out.loss.mean().backward()
         losses[coef] = float(out.loss.detach().mean())
         gradients[coef] = th.cat([p.grad.flatten() for p in model.policy.parameters() if p.grad is not None])
-    places = masks(batch.lengths, batch.terminated, 5)[0].sum() / 8 / 5
+    places = loss_masks(batch.lengths, batch.terminated, 5)[0].sum() / 8 / 5
     entropy = float(out.metrics["entropy"])
     assert losses[0.0] - losses[0.2] == pytest.approx(0.2 * places * entropy, rel=1e-3)
     assert env != "CartPole-v1" or entropy <= np.log(2)
@@ -531,7 +531,7 @@ def test_policy_alone() -> None:
     for env in ("CartPole-v1", "Pendulum-v1"):
         model = EfficientZeroV2("MlpPolicy", env, seed=0, **SMALL)
         randomize(model.policy)  # type: ignore[arg-type]
-        model.policy.search = False
+        model.policy.acts_by_search = False
         observation = model.observation_space.sample()
         action, _ = model.predict(observation, deterministic=True)
         wanted = model.policy.roots(th.from_numpy(observation)[None]).policy[0]

@@ -27,7 +27,7 @@ import torch as th
 from cql_learning import machine, parse_settings
 
 from sb3_ext import EfficientZeroV2
-from sb3_ext.cuda_graphs import Recording
+from sb3_ext.cuda_graphs import GraphedPass
 from sb3_ext.search.gpu import DeviceSteps
 from sb3_ext.zoo.config import load_algo, read_entries, resolve
 from sb3_ext.zoo.tasks import check_env_id, make_envs
@@ -131,7 +131,7 @@ def measure(model: EfficientZeroV2, steps: int, updates: int) -> dict[str, Any]:
     clock.wrap(model, "compute_loss", "network, loss")
     clock.wrap(model.policy.optimizer, "step", "network, optimizer")
     clock.wrap(th.Tensor, "backward", "network, backward")
-    clock.wrap(Recording, "backward", "network, backward")
+    clock.wrap(GraphedPass, "backward", "network, backward")
     model.train(1, model.batch_size)
     clock.flush()
     model.train(updates, model.batch_size)

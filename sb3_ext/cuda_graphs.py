@@ -1,4 +1,4 @@
-"""CUDA graphs: kernels are recorded once and replayed together, so that a small network does not wait for Python."""
+"""CUDA graphs: kernels are captured once and replayed together, so that a small network does not wait for Python."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sb3_ext.losses import LossOutput
 Tensors = tuple[th.Tensor, ...]
 
 _SEEN = 2
-"""Calls with the same shapes before they are recorded: libraries choose their kernels in the first ones."""
+"""Calls with the same shapes before they are graphed: libraries choose their kernels in the first ones."""
 
 _MOST = 8
-"""Recordings kept; shapes beyond that run as they are."""
+"""Graphs kept; shapes beyond that run as they are."""
 
 
 class _Loss(nn.Module):
@@ -35,12 +35,12 @@ class _Loss(nn.Module):
         return output.loss, output.td_error.detach(), *(x.detach() for x in output.metrics.values())
 
 
-class Recording:
+class GraphedPass:
     """
     Forward and backward pass of a loss as two graphs.
 
     Autograd ties a parameter's gradient to the stream of the first pass that it saw, which must not be the one that is
-    recorded: so other tensors that share the parameters' memory stand in for them.
+    captured: so other tensors that share the parameters' memory stand in for them.
     """
 
     def __init__(self, loss: _Loss, parameters: dict[str, nn.Parameter], args: Tensors) -> None:
@@ -78,13 +78,13 @@ class Recording:
             parameter.grad = gradient
 
 
-class RecordedLoss:
+class GraphedLoss:
     """
-    A loss whose forward and backward pass are recorded as CUDA graphs for each shape of its arguments.
+    A loss whose forward and backward pass are CUDA graphs, one pair for each shape of its arguments.
 
     The results know their backward pass (:class:`~sb3_ext.losses.LossOutput`) and take no part in autograd.
     They and the gradients lie in memory that the next call writes to again. Parameters may change in place, as
-    optimizers do; whatever else the function reads from Python, such as coefficients, is recorded with it. On a CPU the
+    optimizers do; whatever else the function reads from Python, such as coefficients, is captured with it. On a CPU the
     function runs as it is.
 
     :param network: its parameters get the gradients, in training mode
@@ -97,18 +97,18 @@ class RecordedLoss:
         self._parameters = {name: p for name, p in self._loss.named_parameters() if p.requires_grad}
         self._function = function
         self._seen: Counter[Any] = Counter()
-        self.recordings: dict[Any, Recording] = {}
+        self.graphs: dict[Any, GraphedPass] = {}
 
     def __call__(self, *args: th.Tensor) -> LossOutput:
-        """Replay, record, or run the function as it is."""
+        """Replay, capture, or run the function as it is."""
         if not args[0].is_cuda:
             return self._function(*args)
         key = tuple((x.shape, x.dtype) for x in args)
-        if key not in self.recordings:
+        if key not in self.graphs:
             self._seen[key] += 1
-            if self._seen[key] <= _SEEN or len(self.recordings) == _MOST:
+            if self._seen[key] <= _SEEN or len(self.graphs) == _MOST:
                 return self._function(*args)
-            self.recordings[key] = Recording(self._loss, self._parameters, args)
-        recording = self.recordings[key]
-        loss, td_error, *metrics = recording.forward(args)
-        return LossOutput(loss, td_error, dict(zip(self._loss.names, metrics, strict=True)), recording.backward)
+            self.graphs[key] = GraphedPass(self._loss, self._parameters, args)
+        graphed = self.graphs[key]
+        loss, td_error, *metrics = graphed.forward(args)
+        return LossOutput(loss, td_error, dict(zip(self._loss.names, metrics, strict=True)), graphed.backward)

@@ -171,7 +171,7 @@ class OffPolicy(OffPolicyAlgorithm):
             self.set_random_seed(self.seed)  # samplers take their seed from numpy's generator
             self.replay_buffer = self._make_replay_buffer()
         with warnings.catch_warnings():
-            if self.replay_buffer is not None:  # it has n_steps
+            if self.replay_buffer is not None or "n_steps" in self.replay_buffer_kwargs:  # SB3 looks at neither
                 warnings.filterwarnings("ignore", message="`n_steps=.*is ignored because a custom `replay_buffer")
             super()._setup_model()
 

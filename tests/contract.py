@@ -43,7 +43,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sb3_ext import BC, CQL, DQN, QRDQN, EfficientZeroV2, PrioritizedReplayBuffer, record
 from sb3_ext.data import StackFrames
 from sb3_ext.gail import GAIL
-from tests.helpers import SMALL, TINY_CNN
+from tests.helpers import SMALL, TINY_CNN, filled_buffer
 
 # --- the algorithms
 
@@ -123,15 +123,7 @@ NOT_APPLICABLE: dict[str, dict[str, str]] = {
     },
     "numbers": dict.fromkeys(["DQN", "QRDQN"], "takes no number of its own"),
 }
-SEARCH_NUMBERS = "image_shift, mixed_start, mixed_threshold, gamma, *_coef and max_grad_norm are not looked at"
-SEARCH_DICTS = "SB3 advises MultiInputPolicy for Dict observations, and EfficientZeroV2 only calls that name unknown"
-KNOWN: dict[tuple[str, str], str] = {
-    ("numbers", "EfficientZeroV2"): SEARCH_NUMBERS,
-    ("numbers", "EfficientZeroV2-continuous"): SEARCH_NUMBERS,
-    ("numbers", "GAIL"): "gradient_penalty=nan passes, disc_learning_rate is not looked at",
-    ("unsupported_spaces", "EfficientZeroV2"): SEARCH_DICTS,
-    ("unsupported_spaces", "EfficientZeroV2-continuous"): SEARCH_DICTS,
-}
+KNOWN: dict[tuple[str, str], str] = {}
 """Contracts that are broken, and why."""
 
 
@@ -512,7 +504,7 @@ NUMBERS: dict[str, dict[str, tuple[float, ...]]] = {
     "CQL": {
         "cql_alpha": (-1.0, NAN), "batch_size": (0,), "n_steps": (0,), "target_update_interval": (0,),
     },
-    "BC": {"batch_size": (0,)},
+    "BC": {"batch_size": (0,), "ent_coef": (-1.0, NAN), "max_grad_norm": (-1.0, NAN)},
     "EfficientZeroV2": {
         **dict.fromkeys(("batch_size", "n_steps", "unroll_steps", "num_simulations", "target_update_interval"), (0,)),
         "max_num_considered_actions": (0,), "num_sampled_actions": (1,), "image_shift": (-1,), "buffer_size": (3,),
@@ -565,7 +557,7 @@ REFUSED: dict[str, list[tuple[Any, Any, str]]] = {
     "DQN": [(BOX, MANY, "MultiDiscrete"), (BOX, BOX, "Discrete.*Box")],
     "QRDQN": [(BOX, MANY, "MultiDiscrete"), (BOX, BOX, "Discrete.*Box")],
     "CQL": [(DICT, TWO, "Dict.*FlattenObservation"), (BOX, MANY, "Discrete.*MultiDiscrete")],
-    "BC": [(DICT, TWO, "Dict.*FlattenObservation")],
+    "BC": [(DICT, TWO, "Dict.*MultiInputPolicy")],
     "EfficientZeroV2": [
         (DICT, TWO, "Box.*Dict"),
         (BOX, MANY, "Discrete or Box.*MultiDiscrete"),
@@ -762,6 +754,8 @@ def policies(case: Case) -> None:
         given: dict[str, Any] = {"pictures": name == "CnnPolicy"}
         if name == "MultiInputPolicy":
             given["env"] = DummyVecEnv([lambda: Sampled(DICT, TWO)])
+        if name == "MultiInputPolicy" and case.name == "BC":
+            given = {"dataset": filled_buffer(DICT, TWO)}
         if name == "MultiInputPolicy" and case.name == "GAIL":
             with pytest.raises(TypeError, match="Box observations"):
                 case.make(policy=name, **given)

@@ -10,6 +10,7 @@ import minari
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 
 from sb3_ext.efficientzero.policies import MlpPolicy
 from sb3_ext.efficientzero.replay import SequenceReplayBuffer
@@ -177,3 +178,18 @@ class Ramp(gym.Env[Any, Any]):
 
 
 gym.register("Ramp-v0", entry_point=f"{__name__}:Ramp")
+
+
+def filled_buffer(observations: spaces.Space[Any], actions: spaces.Space[Any], steps: int = 50) -> ReplayBuffer:
+    """A replay buffer of transitions that are drawn from the spaces."""
+    kind = DictReplayBuffer if isinstance(observations, spaces.Dict) else ReplayBuffer
+    buffer = kind(steps, observations, actions, "cpu", handle_timeout_termination=False)
+    observations.seed(0)
+    actions.seed(0)
+    batched = (lambda x: {k: np.array(v)[None] for k, v in x.items()}) if kind is DictReplayBuffer else (
+        lambda x: np.array(x)[None]
+    )  # fmt: skip
+    for _ in range(steps):
+        now, then = batched(observations.sample()), batched(observations.sample())
+        buffer.add(now, then, np.array(actions.sample())[None], np.zeros(1), np.zeros(1), [{}])
+    return buffer

@@ -13,8 +13,8 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ext import BC, CQL, EfficientZeroV2, load_minari
-from sb3_ext.cuda_graphs import RecordedLoss
+from sb3_ext import CQL, EfficientZeroV2, load_minari
+from sb3_ext.cuda_graphs import GraphedLoss
 from sb3_ext.data import StackFrames, make_atari_env
 from sb3_ext.efficientzero.gaussian import root_samples
 from sb3_ext.efficientzero.networks import start_parts
@@ -155,7 +155,7 @@ def test_few_sizes_serve_all(rows: int, size: int) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("value_prefix", [True, False])
-def test_recorded_search_equals_the_eager_one(value_prefix: bool) -> None:
+def test_graphed_search_equals_the_eager_one(value_prefix: bool) -> None:
     model = image_model(value_prefix=value_prefix)
     policy = model.policy
     randomize(policy)
@@ -175,7 +175,7 @@ def test_recorded_search_equals_the_eager_one(value_prefix: bool) -> None:
 
 
 @needs_gpu
-def test_recorded_search_follows_the_parameters() -> None:
+def test_graphed_search_follows_the_parameters() -> None:
     policy = image_model().policy
     randomize(policy)
     observations = th.randint(256, (16, 4, 84, 84), dtype=th.uint8, device="cuda")
@@ -192,7 +192,7 @@ def test_recorded_search_follows_the_parameters() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("bf16", [False, True])
-def test_recorded_loss_equals_the_eager_one(bf16: bool) -> None:
+def test_graphed_loss_equals_the_eager_one(bf16: bool) -> None:
     """Loss, gradients and running means; shifts are off, because they are drawn anew."""
     model = image_model(image_shift=0, bf16=bf16)
     model.learn(100)
@@ -216,7 +216,7 @@ def test_recorded_loss_equals_the_eager_one(bf16: bool) -> None:
     model.cuda_graphs = True
     for _ in range(4):
         found, ours, buffers = run()
-    assert model.recorded_loss.recordings
+    assert model.graphed_loss.graphs
     tolerance = {"rtol": 5e-2, "atol": 5e-3} if bf16 else {"rtol": 5e-3, "atol": 1e-4}
     th.testing.assert_close(found.loss, wanted.loss, **tolerance)
     th.testing.assert_close(found.td_error, wanted.td_error, **tolerance)
@@ -229,7 +229,7 @@ def test_recorded_loss_equals_the_eager_one(bf16: bool) -> None:
 
 
 @needs_gpu
-def test_recorded_shifts_are_drawn_anew() -> None:
+def test_graphed_shifts_are_drawn_anew() -> None:
     model = image_model()
     model.learn(100)
     model.policy.set_training_mode(True)
@@ -261,7 +261,7 @@ def test_learns_saves_and_goes_on(env: str, tmp_path: Path) -> None:
 @needs_gpu
 def test_images_learn_with_frames_on_the_device(tmp_path: Path) -> None:
     model = image_model(gradient_steps=-1, bf16=True).learn(80)
-    assert model.recorded_loss.recordings
+    assert model.graphed_loss.graphs
     model.save_replay_buffer(tmp_path / "buffer")
     model.load_replay_buffer(tmp_path / "buffer")
     model.learn(20, reset_num_timesteps=False)
@@ -269,30 +269,29 @@ def test_images_learn_with_frames_on_the_device(tmp_path: Path) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("algo", [CQL, BC])
-def test_recorded_offline_learning_equals_the_eager_one(algo: Any, breakout: minari.MinariDataset) -> None:
+def test_graphed_offline_learning_equals_the_eager_one(breakout: minari.MinariDataset) -> None:
     found = []
     for cuda_graphs in (True, False):
-        model = algo("CnnPolicy", breakout, seed=0, device="cuda", batch_size=8, cuda_graphs=cuda_graphs).learn(30)
-        assert bool(model._recorded_loss.recordings) == cuda_graphs
+        model = CQL("CnnPolicy", breakout, seed=0, device="cuda", batch_size=8, cuda_graphs=cuda_graphs).learn(30)
+        assert bool(model._graphed_loss.graphs) == cuda_graphs
         found.append([p.detach().clone() for p in model.policy.parameters()])
     for one, other in zip(*found, strict=True):
         th.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
 
 
 @needs_gpu
-def test_a_recorded_loss_has_gradients_and_metrics() -> None:
+def test_a_graphed_loss_has_gradients_and_metrics() -> None:
     network = th.nn.Linear(2, 1, device="cuda")
     x = th.ones(4, 2, device="cuda")
-    recorded = RecordedLoss(network, lambda x: LossOutput(network(x)[:, 0], x[:, 0], {"mean": network(x).mean()}))
+    graphed = GraphedLoss(network, lambda x: LossOutput(network(x)[:, 0], x[:, 0], {"mean": network(x).mean()}))
     kept = []
     for _ in range(5):
-        out = recorded(x)
+        out = graphed(x)
         kept.append(out)  # an old graph that is alive must not matter
         network.zero_grad()
         backward(out)
         assert network.weight.grad.tolist() == [[1, 1]]
-    assert recorded.recordings
+    assert graphed.graphs
     assert out.metrics["mean"].item() == pytest.approx(network(x).mean().item())
 
 
@@ -300,8 +299,8 @@ def test_a_recorded_loss_has_gradients_and_metrics() -> None:
 def test_every_learn_records_the_coefficients_of_then(breakout: minari.MinariDataset) -> None:
     model = CQL("CnnPolicy", breakout, seed=0, device="cuda", batch_size=8).learn(10)
     batch = model.replay_buffer.sample(8)
-    before = model._loss(batch).loss.clone()
+    before = model.compute_loss(batch).loss.clone()
     model.cql_alpha = 0.0
-    th.testing.assert_close(model._loss(batch).loss, before)  # within one learn() they are recorded
+    th.testing.assert_close(model.compute_loss(batch).loss, before)  # within one learn() they are graphed
     model.learn(10, reset_num_timesteps=False)
     assert (model._loss(batch).loss - model.compute_loss(batch).loss).abs().max().item() < 1e-3

@@ -24,6 +24,7 @@ ARRAYS = {"numpy", "torch", "numba", "zstandard"}
 
 BELOW = {
     "losses": set(),
+    "arguments": set(),
     "files": set(),
     "saving": {"files"},
     "normalize": set(),
@@ -34,11 +35,22 @@ BELOW = {
     "data": {"replay", "files"},
     "off_policy": {"replay", "losses", "saving", "threads"},
     "dqn": {"off_policy", "replay", "losses"},
-    "cql": {"dqn", "off_policy", "replay", "losses", "saving", "normalize", "threads", "cuda_graphs", "data"},
-    "efficientzero": {
-        *("search", "off_policy", "replay", "losses", "normalize", "threads", "cuda_graphs", "data"),
+    "cql": {
+        "arguments",
+        "dqn",
+        "off_policy",
+        "replay",
+        "losses",
+        "saving",
+        "normalize",
+        "threads",
+        "cuda_graphs",
+        "data",
     },
-    "gail": {"replay", "losses", "saving", "normalize", "threads", "data"},
+    "efficientzero": {
+        *("arguments", "search", "off_policy", "replay", "losses", "normalize", "threads", "cuda_graphs", "data"),
+    },
+    "gail": {"arguments", "replay", "losses", "saving", "normalize", "threads", "data"},
 }
 """What each part of the house may import besides itself."""
 

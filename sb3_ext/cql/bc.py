@@ -16,6 +16,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
+from sb3_ext.arguments import check_least
 from sb3_ext.cql.offline import OfflineAlgorithm, with_adam
 from sb3_ext.data.load import DatasetLike
 from sb3_ext.losses import LossOutput
@@ -82,9 +83,9 @@ class BC(OfflineAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        self._check_dataset_arguments(env, batch_size=batch_size)
-        if not ent_coef >= 0:
-            raise ValueError(f"ent_coef must not be negative, got {ent_coef}.")
+        self._check_env(env)
+        check_least(1, batch_size=batch_size)
+        check_least(0, ent_coef=ent_coef, max_grad_norm=max_grad_norm)
         self.batch_size, self.ent_coef, self.max_grad_norm, self.bf16 = batch_size, ent_coef, max_grad_norm, bf16
         self.dataset_kwargs, self.dataset_info = dict(dataset_kwargs or {}), {}
         if self.dataset_kwargs.get("prioritized"):

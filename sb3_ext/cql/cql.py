@@ -21,11 +21,11 @@ from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import polyak_update
-from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ext.arguments import check_least
 from sb3_ext.cql.mixed import MixedReplayBuffer, OnlineReplayBuffer
 from sb3_ext.cql.offline import OfflineAlgorithm, with_adam
-from sb3_ext.cuda_graphs import RecordedLoss
+from sb3_ext.cuda_graphs import GraphedLoss
 from sb3_ext.data.load import DatasetLike
 from sb3_ext.dqn.dqn import QRDQN, quantile_td
 from sb3_ext.losses import LossOutput, conservative_gap
@@ -130,9 +130,8 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
                 "MultiInputPolicy is for Dict observations, which offline datasets here do not have; use MlpPolicy or "
                 "CnnPolicy."
             )
-        self._check_dataset_arguments(
-            env, batch_size=batch_size, target_update_interval=target_update_interval, n_steps=n_steps
-        )
+        self._check_env(env)
+        check_least(1, batch_size=batch_size, target_update_interval=target_update_interval, n_steps=n_steps)
         _check_alpha(cql_alpha)
         if "double_q" in (policy_kwargs or {}):
             raise ValueError("policy_kwargs has no double_q here, it is an argument: CQL(..., double_q=True).")
@@ -207,7 +206,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         self._forget_graphs()
 
     def _forget_graphs(self) -> None:
-        self._graphed_loss = RecordedLoss(self.quantile_net, lambda *x: self._loss(ReplayBufferSamples(*x)))
+        self._graphed_loss = GraphedLoss(self.quantile_net, lambda *x: self._loss(ReplayBufferSamples(*x)))
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         self._forget_graphs()  # they have the coefficients of then
@@ -404,17 +403,6 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
             self.set_dataset(loaded.offline)
         online.device = self.device
         self._online_buffer = online
-
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """
-        Set the environment for :meth:`learn_online`.
-
-        :param env: environment with the dataset's spaces
-        :param force_reset: as in SB3
-        """
-        self.n_envs = env.num_envs if isinstance(env, VecEnv) else 1
-        super().set_env(env, force_reset)
-        self._match_padding(self._dataset)
 
     def _excluded_save_params(self) -> list[str]:
         names = ("_online_buffer", "_online_forward", "_target_forward", "_graphed_loss")

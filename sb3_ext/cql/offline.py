@@ -21,7 +21,7 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
@@ -128,8 +128,9 @@ class OfflineAlgorithm(BaseAlgorithm):
     _online = False
     """Whether the steps are those of an environment at the moment."""
 
-    def _check_dataset_arguments(self, env: Any, **at_least_one: int) -> None:
-        """Check what can be checked before any data is read."""
+    @staticmethod
+    def _check_env(env: Any) -> None:
+        """Tell environments from datasets before any data is read."""
         if env is not None and not isinstance(env, (gym.Env, VecEnv, str)):
             raise TypeError(
                 f"env must be an environment or its id, not {type(env).__name__}; the dataset is the argument before "
@@ -137,9 +138,6 @@ class OfflineAlgorithm(BaseAlgorithm):
             )
         if isinstance(env, str) and env not in gym.registry and ":" not in env and not env.startswith("ALE/"):
             raise ValueError(f"{env!r} is no registered environment; if it is a dataset, pass it as dataset=.")
-        for name, value in at_least_one.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
 
     def _attach(self, dataset: DatasetLike | ReplayBuffer | None) -> None:
         """Load and check the dataset; take the spaces from it, or compare them with the environment's."""
@@ -277,6 +275,18 @@ class OfflineAlgorithm(BaseAlgorithm):
         if self.env is None:
             return DummyVecEnv([lambda: OfflineEnv(self.observation_space, self.action_space)])
         return self.env
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Set the environment, with any number of copies.
+
+        :param env: environment with the dataset's spaces
+        :param force_reset: as in SB3
+        :raises DatasetError: if its episodes begin otherwise than those of the dataset
+        """
+        self.n_envs = env.num_envs if isinstance(env, VecEnv) else 1
+        super().set_env(env, force_reset)
+        self._match_padding(self._dataset)
 
     def learn(
         self,

@@ -17,7 +17,8 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import configure_logger
 
-from sb3_ext.cuda_graphs import RecordedLoss
+from sb3_ext.arguments import check_least, check_share
+from sb3_ext.cuda_graphs import GraphedLoss
 from sb3_ext.data.envs import padding_shown_by
 from sb3_ext.data.load import DatasetLike
 from sb3_ext.efficientzero.explain import Explanation, explain
@@ -34,6 +35,11 @@ from sb3_ext.replay.frames import PADDING_TYPES
 
 VALUE_TARGETS = ("mixed", "n_step", "search")
 SEARCH_VALUES = ("mean", "improved")
+SEARCH_SETTINGS = (
+    *("num_simulations", "max_num_considered_actions", "num_sampled_actions", "gamma"),
+    *("torch_compile", "bf16", "cuda_graphs"),
+)
+"""Arguments that the policy gets unless ``policy_kwargs`` has them."""
 
 
 class EfficientZeroV2(OffPolicy, MaskedCollection):
@@ -89,8 +95,8 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
     :param torch_compile: compile the network's functions: a minute at the start; measure whether it gains anything
     :param bf16: run the network in bfloat16, in training and search. The search of an MLP on a CPU is compiled and
         float32 in any case
-    :param cuda_graphs: on a GPU, record the kernels of search and loss once and replay them; False launches each
-        by itself, as ``torch_compile`` does
+    :param cuda_graphs: on a GPU, run search and loss as CUDA graphs, captured once and replayed; False launches each
+        kernel by itself, as ``torch_compile`` does
     :param stats_window_size: as in SB3
     :param tensorboard_log: as in SB3
     :param verbose: as in SB3
@@ -147,15 +153,22 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        for name, number in (
-            *(("n_steps", n_steps), ("unroll_steps", unroll_steps), ("num_simulations", num_simulations)),
-            *(("batch_size", batch_size), ("target_update_interval", target_update_interval)),
-            ("max_num_considered_actions", 1 if max_num_considered_actions is None else max_num_considered_actions),
-        ):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}.")
-        if num_sampled_actions < 2:
-            raise ValueError(f"num_sampled_actions must be at least 2, got {num_sampled_actions}.")
+        if policy == "MultiInputPolicy":
+            raise ValueError(
+                "EfficientZeroV2 needs Box observations, not Dict: flatten them with gymnasium.wrappers."
+                "FlattenObservation, and take MlpPolicy."
+            )
+        check_least(
+            1, n_steps=n_steps, unroll_steps=unroll_steps, num_simulations=num_simulations, batch_size=batch_size,
+            target_update_interval=target_update_interval, max_num_considered_actions=max_num_considered_actions,
+        )  # fmt: skip
+        check_least(2, num_sampled_actions=num_sampled_actions)
+        check_least(
+            0, mixed_start=mixed_start, mixed_threshold=mixed_threshold, reward_coef=reward_coef,
+            value_coef=value_coef, policy_coef=policy_coef, consistency_coef=consistency_coef, ent_coef=ent_coef,
+            max_grad_norm=max_grad_norm, image_shift=image_shift,
+        )  # fmt: skip
+        check_share(gamma=gamma)
         if value_target not in VALUE_TARGETS:
             raise ValueError(f"value_target must be one of {', '.join(VALUE_TARGETS)}, not {value_target!r}.")
         if search_value not in SEARCH_VALUES:
@@ -198,7 +211,7 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
         self.consistency_coef, self.ent_coef = consistency_coef, ent_coef
         self.max_grad_norm, self.image_shift = max_grad_norm, image_shift
         self.torch_compile, self.bf16 = torch_compile, bf16
-        self.cuda_graphs = cuda_graphs and not torch_compile  # what is recorded must not be compiled meanwhile
+        self.cuda_graphs = cuda_graphs and not torch_compile  # what is graphed must not be compiled meanwhile
         self._update_rate = Rate()
         if _init_setup_model:
             self._setup_model()
@@ -211,23 +224,19 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
             self.image_shift = 4 if len(shape) == 3 and min(shape[1:]) >= 32 else 0
         if self.ent_coef is None:
             self.ent_coef = 0.0 if isinstance(self.action_space, spaces.Discrete) else 5e-2
-        plain = self.policy_kwargs
-        names = (
-            *("num_simulations", "max_num_considered_actions", "num_sampled_actions", "gamma"),
-            *("torch_compile", "bf16", "cuda_graphs"),
-        )
-        self.policy_kwargs = {name: getattr(self, name) for name in names} | plain
         super()._setup_model()
         self.policy_target = self.policy_class(
             self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
         ).to(self.device)  # type: ignore[assignment]
         self.policy_target.load_state_dict(self.policy.state_dict())
-        if self.device.type == "cuda":
-            for policy in (self.policy, self.policy_target):
+        settings: dict[str, Any] = {name: getattr(self, name) for name in SEARCH_SETTINGS}
+        settings |= {name: value for name, value in self.policy_kwargs.items() if name in SEARCH_SETTINGS}
+        for policy in (self.policy, self.policy_target):
+            policy.configure_search(**settings)
+            if self.device.type == "cuda":
                 policy.to(memory_format=th.channels_last)
         self.policy_target.set_training_mode(False)
-        self.policy_kwargs = plain
-        self._forget_recordings()
+        self._forget_graphs()
 
     def _make_replay_buffer(self) -> SequenceReplayBuffer:
         return SequenceReplayBuffer(
@@ -245,8 +254,8 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
         """Transitions per window."""
         return self.unroll_steps + (0 if self.value_target == "search" else self.n_steps)
 
-    def _forget_recordings(self) -> None:
-        self.recorded_loss = RecordedLoss(self.policy.network, partial(unroll, self))
+    def _forget_graphs(self) -> None:
+        self.graphed_loss = GraphedLoss(self.policy.network, partial(unroll, self))
 
     def _after_update(self) -> None:
         if self._n_updates % self.target_update_interval == 0:
@@ -381,7 +390,7 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
                 self.env.seed(self.seed + self.num_timesteps)
             restore_random_state(self, self._random_state)
         self._random_state = None
-        self._forget_recordings()  # they have the coefficients of then
+        self._forget_graphs()  # they have the coefficients of then
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def save(
@@ -404,7 +413,7 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
         self.replay_buffer.length = self._window_length
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "policy_target", "_update_rate", "recorded_loss"]
+        return [*super()._excluded_save_params(), "policy_target", "_update_rate", "graphed_loss"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy_target", "policy.optimizer"], []

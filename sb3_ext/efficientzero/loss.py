@@ -7,20 +7,21 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch as th
 
-from sb3_ext.cuda_graphs import RecordedLoss
+from sb3_ext.cuda_graphs import GraphedLoss
 from sb3_ext.efficientzero.gaussian import log_prob, sampled_entropy
 from sb3_ext.efficientzero.policies import EfficientZeroPolicy
 from sb3_ext.efficientzero.reanalysis import Targets
 from sb3_ext.efficientzero.replay import SequenceSamples
-from sb3_ext.efficientzero.targets import masks, value_prefixes
+from sb3_ext.efficientzero.targets import loss_masks, value_prefixes
 from sb3_ext.losses import LossOutput, cross_entropy, negative_cosine
+from sb3_ext.replay.batch import to_device
 
 
 class LossModel(Protocol):
     """What the loss needs of the algorithm."""
 
     policy: EfficientZeroPolicy
-    recorded_loss: RecordedLoss
+    graphed_loss: GraphedLoss
     unroll_steps: int
     reward_coef: float
     value_coef: float
@@ -50,7 +51,7 @@ class _Inputs(NamedTuple):
     :param policy: targets over S actions or samples, ``[B, K + 1, S]``
     :param best: slot that the search chose, ``[B, K + 1]``
     :param sampled: continuous control: those samples, ``[B, K + 1, S, D]``; else empty
-    :param policy_mask: see :func:`~sb3_ext.efficientzero.targets.masks`, as are the next two
+    :param policy_mask: see :func:`~sb3_ext.efficientzero.targets.loss_masks`, as are the next two
     :param value_mask: ``[B, K + 1]``
     :param reward_mask: ``[B, K]``
     :param inside: transitions of the episode, ``[B, K]``
@@ -81,7 +82,7 @@ def unrolled_loss(model: LossModel, batch: SequenceSamples, targets: Targets) ->
     :raises FloatingPointError: if a term is not finite, on a CPU; names it
     """
     inputs = _inputs(model, batch, targets)
-    output = model.recorded_loss(*inputs) if model.cuda_graphs else unroll(model, *inputs)
+    output = model.graphed_loss(*inputs) if model.cuda_graphs else unroll(model, *inputs)
     if output.loss.device.type == "cpu" and not th.isfinite(output.loss + output.td_error).all():
         terms = {"value_target": targets.values, **output.metrics}
         bad = [name for name in TERMS if not th.isfinite(terms[name]).all()]
@@ -97,25 +98,26 @@ def unrolled_loss(model: LossModel, batch: SequenceSamples, targets: Targets) ->
 def _inputs(model: LossModel, batch: SequenceSamples, targets: Targets) -> _Inputs:
     steps, device, head = model.unroll_steps, model.policy.device, model.policy.network
     gained = batch.rewards[:, :steps]
-    policy_mask, value_mask, reward_mask = masks(batch.lengths, batch.terminated, steps)
-    return _Inputs(
-        th.as_tensor(batch.observations[:, : steps + 1]).to(device),
-        th.from_numpy(batch.actions[:, :steps]).to(device),
-        th.from_numpy(value_prefixes(gained, head.horizon) if head.horizon else gained).to(device),
+    policy_mask, value_mask, reward_mask = loss_masks(batch.lengths, batch.terminated, steps)
+    parts = (
+        batch.observations[:, : steps + 1],
+        batch.actions[:, :steps],
+        value_prefixes(gained, head.horizon) if head.horizon else gained,
         targets.values,
         targets.policy,
         targets.best,
         th.empty(0, device=device) if targets.actions is None else targets.actions,
-        th.from_numpy(policy_mask).to(device),
-        th.from_numpy(value_mask).to(device),
-        th.from_numpy(reward_mask).to(device),
-        th.from_numpy((np.arange(steps) < batch.lengths[:, None]).astype(np.float32)).to(device),
+        policy_mask,
+        value_mask,
+        reward_mask,
+        (np.arange(steps) < batch.lengths[:, None]).astype(np.float32),
     )
+    return _Inputs(*to_device(parts, device))
 
 
 def unroll(model: LossModel, *tensors: th.Tensor) -> LossOutput:
     """
-    The loss itself: tensors in, tensors out, and nothing that a CUDA graph could not record.
+    The loss itself: tensors in, tensors out, and nothing that a CUDA graph could not hold.
 
     :param model: gives networks and coefficients
     :param tensors: the inputs

@@ -75,10 +75,10 @@ class MaskedPolicy(BasePolicy):
 
 
 class MaskedCollection(OffPolicyAlgorithm):
-    """Off-policy collection that asks environments with ``action_masks()`` before each step, and stores the masks."""
+    """Off-policy collection that asks environments with ``action_masks()`` before each step, and stores the answer."""
 
     _masks_wanted = False
-    _masks: NDArray[np.bool_] | None = None
+    _legal: NDArray[np.bool_] | None = None
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         found = super()._setup_learn(*args, **kwargs)
@@ -89,27 +89,27 @@ class MaskedCollection(OffPolicyAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        self._masks = None
+        self._legal = None
         if not self._masks_wanted:
             return super()._sample_action(learning_starts, action_noise, n_envs)
         assert self.env is not None
-        self._masks = masks = legal_actions(get_action_masks(self.env), n_envs, self.action_space)
+        self._legal = legal = legal_actions(get_action_masks(self.env), n_envs, self.action_space)
         if self.num_timesteps < learning_starts:
             assert isinstance(self.action_space, spaces.Discrete)
-            actions = np.array([self.action_space.sample(mask.astype(np.int8)) for mask in masks])
+            actions = np.array([self.action_space.sample(row.astype(np.int8)) for row in legal])
         else:
             assert self._last_obs is not None
-            actions, _ = self.predict(self._last_obs, deterministic=False, action_masks=masks)
+            actions, _ = self.predict(self._last_obs, deterministic=False, action_masks=legal)
         return actions, actions
 
     def _store_transition(self, *args: Any, **kwargs: Any) -> None:
         super()._store_transition(*args, **kwargs)
-        if self._masks is not None:
+        if self._legal is not None:
             assert isinstance(self.replay_buffer, SequenceReplayBuffer)
-            self.replay_buffer.add_masks(self._masks)
+            self.replay_buffer.add_legal(self._legal)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_masks", "_masks_wanted"]
+        return [*super()._excluded_save_params(), "_legal", "_masks_wanted"]
 
     def predict(
         self,

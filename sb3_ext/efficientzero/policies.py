@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -49,6 +49,27 @@ def _evaluating(module: BasePolicy) -> Iterator[None]:
             module.set_training_mode(True)
 
 
+class Searched(NamedTuple):
+    """
+    What network and search say of windows of observations, as numpy arrays. S: actions or samples of a root, P: places
+    of each window that were searched from.
+
+    :param values: the network's, of all observations, ``[B, T]``
+    :param search_values: ``[B, P]``
+    :param policy: improved policy, ``[B, P, S]``
+    :param actions: continuous control: the samples, ``[B, P, S, D]``; else None
+    :param best: slot that the search chose, ``[B, P]``
+    :param depth: of the deepest node of each search, mean
+    """
+
+    values: NDArray[np.float32]
+    search_values: NDArray[np.float32]
+    policy: NDArray[np.float32]
+    actions: NDArray[np.float32] | None
+    best: NDArray[np.int64]
+    depth: float
+
+
 class EfficientZeroPolicy(MaskedPolicy):
     """
     Acts by Gumbel search over latent states; the base of ``MlpPolicy`` and ``CnnPolicy``.
@@ -69,7 +90,7 @@ class EfficientZeroPolicy(MaskedPolicy):
     :param network_kwargs: sizes, and ``value_prefix``; see the network class
     :param torch_compile: compile the network's functions
     :param bf16: run them in bfloat16
-    :param cuda_graphs: on a GPU: record the steps of the search once and replay them; not with ``torch_compile``
+    :param cuda_graphs: on a GPU: run the steps of the search as CUDA graphs; not with ``torch_compile``
     :param features_extractor_class: ``MlpPolicy``: what turns an observation into a vector, as in SB3, such as a
         convolutional network before latent vectors; the default flattens and standardises
     :param features_extractor_kwargs: likewise
@@ -114,26 +135,25 @@ class EfficientZeroPolicy(MaskedPolicy):
         )
         if support_size < 2:
             raise ValueError(f"support_size must be at least 2, got {support_size}.")
-        self.num_simulations, self.max_num_considered_actions = num_simulations, max_num_considered_actions
-        self.num_sampled_actions, self.gamma, self.search = num_sampled_actions, gamma, search
+        self.acts_by_search = search
         self.support_size, self.value_range = support_size, value_range
         self.network_kwargs = network_kwargs or {}
-        self.torch_compile, self.bf16 = torch_compile, bf16
-        self.cuda_graphs = cuda_graphs and not torch_compile  # what is recorded must not be compiled meanwhile
         self.discrete = isinstance(action_space, spaces.Discrete)
         if isinstance(action_space, spaces.Discrete):
-            self.action_size = policy_size = slots = int(action_space.n)
-            considered = 2 if slots < 4 else 4 if slots < 16 else 8
+            self.action_size = policy_size = int(action_space.n)
         else:
             assert isinstance(action_space, spaces.Box)
             self.action_size = int(np.prod(action_space.shape))
-            policy_size, considered = 2 * self.action_size, num_sampled_actions
-            slots = num_sampled_actions
-        if max_num_considered_actions is not None and max_num_considered_actions > slots:
-            raise ValueError(
-                f"max_num_considered_actions={max_num_considered_actions}, but a root has {slots} actions."
-            )
-        self.considered = max_num_considered_actions or considered
+            policy_size = 2 * self.action_size
+        self.configure_search(
+            num_simulations=num_simulations,
+            max_num_considered_actions=max_num_considered_actions,
+            num_sampled_actions=num_sampled_actions,
+            gamma=gamma,
+            torch_compile=torch_compile,
+            bf16=bf16,
+            cuda_graphs=cuda_graphs,
+        )
         sizes = self.network_kwargs
         if features_extractor_class is not FlattenExtractor:
             if not issubclass(self.network_class, MlpNetwork):
@@ -156,10 +176,46 @@ class EfficientZeroPolicy(MaskedPolicy):
         )
         self.optimizer_steps = 0
         self._count_optimizer_steps()
+        self.search_rate = Rate()
+
+    def configure_search(
+        self,
+        *,
+        num_simulations: int,
+        max_num_considered_actions: int | None,
+        num_sampled_actions: int,
+        gamma: float,
+        torch_compile: bool,
+        bf16: bool,
+        cuda_graphs: bool,
+    ) -> None:
+        """
+        Say how to search and how to run the network; its parameters stay as they are.
+
+        :param num_simulations: see the class
+        :param max_num_considered_actions: see the class
+        :param num_sampled_actions: see the class
+        :param gamma: see the class
+        :param torch_compile: see the class
+        :param bf16: see the class
+        :param cuda_graphs: see the class
+        :raises ValueError: if a root has fewer actions than it should consider
+        """
+        slots = self.action_size if self.discrete else num_sampled_actions
+        if max_num_considered_actions is not None and max_num_considered_actions > slots:
+            raise ValueError(
+                f"max_num_considered_actions={max_num_considered_actions}, but a root has {slots} actions."
+            )
+        self.num_simulations, self.max_num_considered_actions = num_simulations, max_num_considered_actions
+        self.num_sampled_actions, self.gamma = num_sampled_actions, gamma
+        self.torch_compile, self.bf16 = torch_compile, bf16
+        self.cuda_graphs = cuda_graphs and not torch_compile  # what is graphed must not be compiled meanwhile
+        usual = (2 if slots < 4 else 4 if slots < 16 else 8) if self.discrete else slots
+        self.considered = max_num_considered_actions or usual
+        # made for other settings
         self._calls: Calls | None = None
         self._fast: FastNetwork | None = None
         self._device_searches: dict[bool, DeviceSearch] = {}
-        self.search_rate = Rate()
 
     @property
     def calls(self) -> Calls:
@@ -171,7 +227,7 @@ class EfficientZeroPolicy(MaskedPolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         names = (
             *("num_simulations", "max_num_considered_actions", "num_sampled_actions", "gamma", "support_size"),
-            *("value_range", "search", "network_kwargs", "torch_compile", "bf16", "cuda_graphs"),
+            *("value_range", "network_kwargs", "torch_compile", "bf16", "cuda_graphs"),
             *("optimizer_class", "optimizer_kwargs"),
             *("features_extractor_class", "features_extractor_kwargs", "normalize_images"),
         )
@@ -180,6 +236,7 @@ class EfficientZeroPolicy(MaskedPolicy):
             "observation_space": parameters["observation_space"],
             "action_space": parameters["action_space"],
             "lr_schedule": self._dummy_schedule,
+            "search": self.acts_by_search,
             **{name: getattr(self, name) for name in names},
         }
 
@@ -280,6 +337,56 @@ class EfficientZeroPolicy(MaskedPolicy):
             )  # fmt: skip
         return out, sampled
 
+    @th.no_grad()
+    def search(
+        self,
+        observations: NDArray[Any] | th.Tensor,
+        places: int,
+        legal: NDArray[np.bool_] | None = None,
+        improved_values: bool = False,
+    ) -> Searched:
+        """
+        Encode all observations of windows, and search with noise from the first ones of each, all of them at once.
+
+        :param observations: ``[B, T, *obs_shape]``
+        :param places: P, from 1 to T
+        :param legal: discrete actions: those that the searched roots may take, ``[B, P, A]``; a row without any: not
+            known, all are allowed
+        :param improved_values: search-based values are those of the improved policy, not means over all visits
+        :return: values of all observations, and results of the searches
+        """
+        size, length = observations.shape[:2]
+        roots = self.roots(_flat(observations).to(self.device))
+
+        def first(x: Any) -> Any:
+            return x.reshape(size, length, *x.shape[1:])[:, :places].reshape(size * places, *x.shape[1:])
+
+        def windows(x: NDArray[Any]) -> NDArray[Any]:
+            return x.reshape(size, places, *x.shape[1:])
+
+        invalid = None
+        if legal is not None:
+            allowed = legal.reshape(size * places, self.action_size)
+            invalid = ~allowed & allowed.any(axis=1, keepdims=True)
+        out, sampled = self.plan(Roots(*(first(x) for x in roots)), noise=True, invalid=invalid)
+        return Searched(
+            _numpy(roots.values).reshape(size, length),
+            windows(out.improved_values if improved_values else out.root_values),
+            windows(out.improved_policy),
+            None if sampled is None else windows(sampled),
+            windows(out.actions),
+            float(out.tree.depths.max(axis=1).mean()),
+        )
+
+    def values(self, observations: NDArray[Any] | th.Tensor) -> NDArray[np.float32]:
+        """
+        The network's values, without a search.
+
+        :param observations: of windows, ``[B, T, *obs_shape]``
+        :return: ``[B, T]``
+        """
+        return _numpy(self.roots(_flat(observations).to(self.device)).values).reshape(observations.shape[:2])
+
     def _recurrent(self, embedding: Any, slots: th.Tensor, inner_noise: th.Tensor | None = None) -> RecurrentOutput:
         """One step of the network, in torch."""
         parts = embedding if isinstance(embedding, tuple) else (embedding,)
@@ -321,7 +428,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         """
         assert isinstance(observation, th.Tensor)
         roots = self.roots(observation)
-        if not self.search:
+        if not self.acts_by_search:
             policy = th.as_tensor(roots.policy)
             if invalid is not None:
                 policy = policy.masked_fill(th.from_numpy(invalid).to(policy.device), -th.inf)
@@ -379,6 +486,15 @@ class CnnPolicy(EfficientZeroPolicy):
     """For images; see :class:`~sb3_ext.efficientzero.networks.CnnNetwork`."""
 
     network_class = CnnNetwork
+
+
+def _flat(windows: NDArray[Any] | th.Tensor) -> th.Tensor:
+    """Observations of windows one after the other."""
+    return th.as_tensor(windows).flatten(0, 1)
+
+
+def _numpy(x: Any) -> NDArray[np.float32]:
+    return np.asarray(th.as_tensor(x).float().cpu())
 
 
 def _float(out: Any) -> Any:

@@ -45,7 +45,7 @@ class SequenceSamples(NamedTuple):
     :param indices: of the first transitions, for ``update_priorities``, ``[B]``
     :param positions: where each observation is stored as a transition's first, ``step * n_envs + environment``,
         ``[B, L + 1]``; -1 behind the end of an episode and of what was collected
-    :param masks: legal actions in each observation, ``[B, L + 1, A]``; a row without any: not known;
+    :param legal: actions that are legal in each observation, ``[B, L + 1, A]``; a row without any: not known;
         None: none is known
     """
 
@@ -58,7 +58,7 @@ class SequenceSamples(NamedTuple):
     weights: th.Tensor
     indices: NDArray[np.int64]
     positions: NDArray[np.int64]
-    masks: NDArray[np.bool_] | None = None
+    legal: NDArray[np.bool_] | None = None
 
 
 class SequenceReplayBuffer(PrioritizedReplayBuffer):
@@ -105,25 +105,25 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
         self.frames_on_device = frames_on_device
         # sequences must be told apart at every step, also without n-step returns
         self._watch = True
-        self._masks: NDArray[np.bool_] | None = None
+        self._legal: NDArray[np.bool_] | None = None
 
     def add(self, *args: Any, **kwargs: Any) -> None:
-        """See :meth:`PrioritizedReplayBuffer.add`; masks, if there are any, come afterwards by :meth:`add_masks`."""
-        if self._masks is not None:
-            self._masks[self.pos] = False
+        """See :meth:`PrioritizedReplayBuffer.add`; legal actions, if known, come afterwards by :meth:`add_legal`."""
+        if self._legal is not None:
+            self._legal[self.pos] = False
         if self.memo is not None:
             self.memo.forget(self.pos * self.n_envs + np.arange(self.n_envs))
         super().add(*args, **kwargs)
 
-    def add_masks(self, masks: NDArray[np.bool_]) -> None:
+    def add_legal(self, legal: NDArray[np.bool_]) -> None:
         """
         Say which actions were legal in the observations of the transitions that were added last.
 
-        :param masks: ``[n_envs, A]``, each with a legal action
+        :param legal: ``[n_envs, A]``, each with a legal action
         """
-        if self._masks is None:
-            self._masks = np.zeros((self.buffer_size, *masks.shape), bool)
-        self._masks[self.pos - 1] = masks
+        if self._legal is None:
+            self._legal = np.zeros((self.buffer_size, *legal.shape), bool)
+        self._legal[self.pos - 1] = legal
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> SequenceSamples:  # type: ignore[override]
         """
@@ -160,10 +160,10 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
         last = np.take_along_axis(window, np.minimum(steps[None], lengths[:, None] - 1), axis=1)
         rewards = self._normalize_reward(self.rewards.reshape(-1)[window], env)
         positions = self._positions(step, which, lengths)
-        masks = None
-        if self._masks is not None:
-            masks = self._masks.reshape(-1, self._masks.shape[2])[positions]
-            masks[positions < 0] = False
+        legal = None
+        if self._legal is not None:
+            legal = self._legal.reshape(-1, self._legal.shape[2])[positions]
+            legal[positions < 0] = False
         return SequenceSamples(
             observations=self._windows_of_observations(indices, last, env),
             actions=self.actions.reshape(-1, self.action_dim)[last],
@@ -174,7 +174,7 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
             weights=th.from_numpy(weights.reshape(-1, 1)).to(self.device),
             indices=indices,
             positions=positions,
-            masks=masks,
+            legal=legal,
         )
 
     def _windows_of_observations(

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
+
+from sb3_ext.replay.batch import n_step_returns
 
 Floats = NDArray[np.floating[Any]]
 
@@ -45,17 +48,16 @@ def n_step_values(
             f"{n_steps}-step returns."
         )
     steps = np.arange(length)
-    rewards = np.where(steps < lengths[:, None], rewards, 0.0)
+    rewards = np.where(steps < lengths[:, None], rewards, 0.0)  # whatever lies there, NaN too
     ends = np.minimum(np.arange(length + 1)[None], lengths[:, None])
     values = np.take_along_axis(np.asarray(values, np.float64), ends, axis=1)
     values[terminated[:, None] & (np.arange(length + 1) >= lengths[:, None])] = 0.0
-    targets = np.zeros((batch, unroll_steps + 1))
-    for k in range(unroll_steps + 1):
-        count = np.clip(lengths - k, 0, n_steps)
-        for i in range(n_steps):
-            targets[:, k] += gamma**i * rewards[:, k + i]
-        targets[:, k] += gamma**count * values[np.arange(batch), k + count]
-    return targets.astype(np.float32)
+    places = np.arange(unroll_steps + 1)
+    counts = np.clip(lengths[:, None] - places, 0, n_steps)
+    windows = sliding_window_view(rewards, n_steps, axis=1)[:, : unroll_steps + 1]  # [B, K + 1, n]
+    sums, discounts = n_step_returns(windows.reshape(-1, n_steps), counts.reshape(-1), gamma)
+    bootstraps = np.take_along_axis(values, places + counts, axis=1)
+    return (sums + discounts * bootstraps.reshape(-1)).reshape(batch, -1).astype(np.float32)
 
 
 def mix_values(n_step: Floats, search: Floats, fresh: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -71,7 +73,7 @@ def mix_values(n_step: Floats, search: Floats, fresh: NDArray[np.bool_]) -> NDAr
     return np.where(fresh[:, None], n_step, search).astype(np.float32)
 
 
-def masks(
+def loss_masks(
     lengths: NDArray[np.int64], terminated: NDArray[np.bool_], unroll_steps: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import pathlib
 from collections import deque
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -18,11 +20,13 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
+from sb3_ext.arguments import check_least
 from sb3_ext.data.envs import is_frame_space
 from sb3_ext.gail.demonstrations import Demonstrations, DemonstrationsLike
 from sb3_ext.gail.discriminator import Discriminator
 from sb3_ext.gail.reward import LOGIT_CLIP, AbsorbingStates, RewardForm, make_reward_net, reward_form
 from sb3_ext.gail.rollout import RolloutNotes
+from sb3_ext.saving import save_whole
 
 
 class GAIL(PPO):
@@ -136,16 +140,13 @@ class GAIL(PPO):
         _init_setup_model: bool = True,
     ) -> None:
         reward_form(reward)
-        for name, value, least in (
-            ("disc_batch_size", disc_batch_size, 1),
-            ("n_disc_updates", n_disc_updates, 0),
-            ("gradient_penalty", gradient_penalty, 0),
-            ("penalty_every", penalty_every, 1),
-            ("replay_rollouts", replay_rollouts, 1),
-            ("bc_epochs", bc_epochs, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        check_least(
+            1, disc_batch_size=disc_batch_size, penalty_every=penalty_every, replay_rollouts=replay_rollouts
+        )  # fmt: skip
+        check_least(
+            0, n_disc_updates=n_disc_updates, gradient_penalty=gradient_penalty, bc_epochs=bc_epochs,
+            disc_learning_rate=None if callable(disc_learning_rate) else disc_learning_rate,
+        )  # fmt: skip
         self.reward, self.absorbing = reward, absorbing
         self.reward_net_class, self.reward_net_kwargs = reward_net_class, reward_net_kwargs or {}
         self.disc_learning_rate, self.disc_batch_size = disc_learning_rate, disc_batch_size
@@ -365,6 +366,15 @@ class GAIL(PPO):
                 with th.no_grad():
                     log_probs = self._log_prob(expert[0], expert[1]), log_prob
             self.discriminator.train(expert, (o, a, after, ended), log_probs, at_once)
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """See SB3; an older file stays under ``path`` until the new one is whole."""
+        save_whole(partial(super().save, exclude=exclude, include=include), path, ".zip")
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names, variables = super()._get_torch_save_params()

@@ -19,7 +19,7 @@ _SPLIT = 512
 
 def padded(rows: int) -> int:
     """
-    Size of the recording that serves so many roots: few sizes serve all.
+    Size of the graph that serves so many roots: few sizes serve all.
 
     :param rows: roots
     :return: the next power of two, or multiple of 256
@@ -29,7 +29,7 @@ def padded(rows: int) -> int:
 
 class DeviceSteps:
     """
-    Network steps over latent states that stay on the GPU, recorded as one CUDA graph; a
+    Network steps over latent states that stay on the GPU, as one CUDA graph; a
     :class:`~sb3_ext.search.gumbel.Lane` of the search.
 
     One step reads the states of the nodes it starts from, runs the network and stores the new states; to and from the
@@ -51,19 +51,19 @@ class DeviceSteps:
             th.zeros((roots * (nodes + 1), *_last(x).shape[1:]), dtype=x.dtype, device=device) for x in parts
         ]
         # rows to read from, slots, rows to write to
-        records = device.type == "cuda"
-        self._where = th.zeros(3, roots, dtype=th.int64, pin_memory=records)
+        graphed = device.type == "cuda"
+        self._where = th.zeros(3, roots, dtype=th.int64, pin_memory=graphed)
         self._where_here: NDArray[np.int64] = self._where.numpy()
         self._where_there = th.zeros(3, roots, dtype=th.int64, device=device)
         self._graph: th.cuda.CUDAGraph | None = None
         self._numbers = self._run()
-        if records:
+        if graphed:
             th.cuda.synchronize()
             self._graph = th.cuda.CUDAGraph()
             with th.cuda.graph(self._graph):
                 self._numbers = self._run()
             self._done: Any = th.cuda.Event()  # type: ignore[no-untyped-call]
-        self._found = th.empty(self._numbers.shape, pin_memory=records)
+        self._found = th.empty(self._numbers.shape, pin_memory=graphed)
         self._found_here = self._found.numpy()
         self._roots = np.arange(roots)
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from sb3_ext.search.tree import FIELDS, NO_ACTION, NODE, PROBLEMS, ROW, Tree, finish, plant, step
+from sb3_ext.search.halving import CANDIDATES, PAIR
+from sb3_ext.search.tree import FIELDS, NO_ACTION, NODE, PROBLEMS, Tree, finish, plant, step
 
 __all__ = ["Embedding", "RecurrentOutput", "SearchOutput", "Tree", "gumbel_search", "principal_line"]
 
@@ -230,7 +231,7 @@ def gumbel_search(
         raise ValueError(f"min_range must be positive, got {min_range}.")
     logits, values, noise = _root_arrays(prior_logits, values, gumbel, invalid_actions)
     batch, slots = logits.shape
-    data = np.empty((batch, ROW + 2 * slots + (num_simulations + 1) * (NODE + FIELDS * slots)))
+    data = np.empty((batch, CANDIDATES + PAIR * slots + (num_simulations + 1) * (NODE + FIELDS * slots)))
     settings = np.array([gamma, c_visit, c_scale, min_range, slots, num_simulations], np.float64)
     actions, sources = np.empty(batch, np.int64), np.empty(batch, np.int64)
     roots = logits, values, noise, max_num_considered_actions

@@ -9,16 +9,26 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-# One row of float64 per root: _MIN to _END, then (score, alive) of each root slot, then the nodes. A node is eight
-# numbers and then (prior, Q, visits, child) of each slot, so that a slot is never split over two cache lines.
-_MIN, _MAX, _TOTAL, _ALIVE, _END, _CONSIDERED, ROW = 0, 1, 2, 3, 4, 5, 8
+from sb3_ext.search.halving import (
+    CANDIDATES,
+    FIXED,
+    IN,
+    PAIR,
+    Floats,
+    begin_halving,
+    best_candidate,
+    is_decided,
+    next_candidate,
+)
+
+# One row of float64 per root: _MIN to _TOTAL, what halving.py keeps, then the nodes. A node is eight numbers and then
+# (prior, Q, visits, child) of each slot, so that a slot is never split over two cache lines.
+_MIN, _MAX, _TOTAL = 0, 1, 2
 _VALUE, _REWARD, _PARENT, _SLOT, _VISITS, _MOST, _DEPTH, NODE = 0, 1, 2, 3, 4, 5, 6, 8
 _PRIOR, _Q, _N, _CHILD, FIELDS = 0, 1, 2, 3, 4
 _TINY = 1e-300  # prior of a slot that exists but underflows: 0 means "not there"
 _BAD_VALUE, _BAD_REWARD, _BAD_LOGIT, NO_ACTION = 0, 1, 2, 3
 PROBLEMS = ("a value that is not finite", "a reward that is not finite", "a logit that is NaN or infinite")
-
-Floats = NDArray[np.float64]
 
 
 class Tree(NamedTuple):
@@ -35,7 +45,7 @@ class Tree(NamedTuple):
     @property
     def _nodes(self) -> Floats:
         width = NODE + FIELDS * self.num_actions
-        return self.data[:, ROW + 2 * self.num_actions :].reshape(len(self.data), -1, width)
+        return self.data[:, CANDIDATES + PAIR * self.num_actions :].reshape(len(self.data), -1, width)
 
     def _slots(self, field: int) -> Floats:
         return self._nodes[:, :, NODE + field :: FIELDS]
@@ -181,40 +191,28 @@ def _inner_slot(row: Floats, base: int, slots: int, settings: Floats, scratch: F
 @njit(cache=True, error_model="numpy")
 def _root_scores(row: Floats, slots: int, settings: Floats, scratch: Floats) -> None:
     """Gumbel + logits + sigma(completed Q) of every surviving root action."""
-    base = ROW + 2 * slots
+    base = CANDIDATES + PAIR * slots
     low, per = _bounds(row, settings[3])
     scale = (settings[1] + row[base + _MOST]) * settings[2]
     mixed = _mixed_value(row, base, slots)
     at = base + NODE
     for a in range(slots):
-        if row[ROW + 2 * a + 1] > 0.0:
+        if row[CANDIDATES + PAIR * a + IN] > 0.0:
             q = row[at + _Q] if row[at + _N] > 0.0 else mixed
-            scratch[a] = row[ROW + 2 * a] + _sigma(q, low, per, scale)
+            scratch[a] = row[CANDIDATES + PAIR * a + FIXED] + _sigma(q, low, per, scale)
         at += FIELDS
 
 
 @njit(cache=True, error_model="numpy")
-def _halve(row: Floats, slots: int, simulation: int, total: int, scratch: Floats) -> None:
-    """Begin the next phase: drop the worse half, keep at least two."""
-    alive = row[_ALIVE]
-    keep = max(alive // 2, 2.0)
-    while alive > keep:
-        worst = -1
-        for a in range(slots):
-            if row[ROW + 2 * a + 1] > 0.0 and (worst < 0 or scratch[a] <= scratch[worst]):
-                worst = a
-        row[ROW + 2 * worst + 1] = 0.0
-        alive -= 1.0
-    row[_ALIVE] = alive
-    row[_END] = simulation + _phase(total, row[_CONSIDERED], alive)
+def _search_based_value(row: Floats, total: float) -> float:
+    """
+    Search-based value estimation (Wang et al., 2024, https://arxiv.org/abs/2403.00564): the mean of the network's value
+    of the root and of the returns that the N simulations backed up to it.
 
-
-@njit(cache=True, error_model="numpy")
-def _phase(total: int, considered: float, alive: float) -> float:
-    """Simulations of a phase with ``alive`` candidates; the last phase takes the rest."""
-    if alive <= 2.0:
-        return np.inf
-    return float(max(math.floor(total / (math.log2(considered) * alive)), 1.0) * alive)
+    ``(v(s_0) + sum_n G_n) / (N + 1)`` with ``G_n = sum_{t < d} gamma^t r_t + gamma^d v(s_d)`` along the path of
+    simulation n, whose new node lies d actions below the root.
+    """
+    return float(row[_TOTAL] / (total + 1.0))
 
 
 @njit(cache=True, error_model="numpy")
@@ -222,18 +220,11 @@ def _select(
     row: Floats, simulation: int, total: int, slots: int, inner: int, settings: Floats, scratch: Floats
 ) -> tuple[int, int]:
     """Walk down to an untried action and put the node to come behind it; its parent and slot."""
-    base = ROW + 2 * slots
+    base = CANDIDATES + PAIR * slots
     width = NODE + FIELDS * slots
-    if row[_ALIVE] > 1.0:
+    if not is_decided(row):
         _root_scores(row, slots, settings, scratch)
-        if simulation >= row[_END]:
-            _halve(row, slots, simulation, total, scratch)
-    slot, fewest = -1, np.inf
-    for a in range(slots):
-        if row[ROW + 2 * a + 1] > 0.0:
-            visits = row[base + NODE + FIELDS * a + _N]
-            if visits < fewest or (visits == fewest and scratch[a] > scratch[slot]):
-                slot, fewest = a, visits
+    slot = next_candidate(row, slots, base + NODE + _N, FIELDS, simulation, total, scratch)
     node = 0
     depth = 1.0
     while True:
@@ -263,7 +254,7 @@ def plant(
 ) -> int:
     """Make the roots and select simulation 0; -1, or four times the row plus what is wrong."""
     slots, total = logits.shape[1], int(settings[5])
-    base = ROW + 2 * slots
+    base = CANDIDATES + PAIR * slots
     scratch = np.empty(slots)
     for b in range(len(data)):
         row = data[b]
@@ -275,21 +266,7 @@ def plant(
         row[_MIN], row[_MAX], row[_TOTAL] = np.inf, -np.inf, values[b]
         row[base + _VALUE], row[base + _REWARD], row[base + _DEPTH] = values[b], 0.0, 0.0
         row[base + _PARENT], row[base + _SLOT] = -1.0, -1.0
-        for a in range(slots):
-            row[ROW + 2 * a] = np.float64(gumbel[b, a]) + np.float64(logits[b, a])
-            row[ROW + 2 * a + 1] = 0.0
-        alive = 0
-        while alive < considered:
-            best = -1
-            for a in range(slots):
-                free = row[ROW + 2 * a + 1] == 0.0 and logits[b, a] > -np.inf
-                if free and (best < 0 or row[ROW + 2 * a] > row[ROW + 2 * best]):
-                    best = a
-            if best < 0:
-                break
-            row[ROW + 2 * best + 1] = 1.0
-            alive += 1
-        row[_ALIVE], row[_CONSIDERED], row[_END] = alive, alive, _phase(total, alive, alive)
+        begin_halving(row, gumbel[b], logits[b], considered, total)
         _, slot = _select(row, 0, total, slots, slots, settings, scratch)
         actions[b], sources[b] = slot, b
     return -1
@@ -308,7 +285,7 @@ def step(
 ) -> int:
     """Back up one simulation and select the next; -1, or four times the row plus what is wrong."""
     batch, gamma, slots, total = len(data), settings[0], int(settings[4]), int(settings[5])
-    base, width = ROW + 2 * slots, NODE + FIELDS * slots
+    base, width = CANDIDATES + PAIR * slots, NODE + FIELDS * slots
     scratch = np.empty(slots)
     for b in range(batch):
         row = data[b]
@@ -354,7 +331,7 @@ def finish(
 ) -> None:
     """Read the results off the roots."""
     slots, total = int(settings[4]), settings[5]
-    base = ROW + 2 * slots
+    base = CANDIDATES + PAIR * slots
     scratch = np.empty(slots)
     for b in range(len(data)):
         row = data[b]
@@ -362,12 +339,7 @@ def finish(
         scale = (settings[1] + row[base + _MOST]) * settings[2]
         mixed = _mixed_value(row, base, slots)
         _root_scores(row, slots, settings, scratch)
-        best = -1
-        for a in range(slots):
-            visited = row[base + NODE + FIELDS * a + _N] > 0.0
-            if visited and row[ROW + 2 * a + 1] > 0.0 and (best < 0 or scratch[a] > scratch[best]):
-                best = a
-        actions[b] = best
+        actions[b] = best_candidate(row, slots, base + NODE + _N, FIELDS, scratch)
         highest, mass = -np.inf, 0.0
         at = base + NODE
         for a in range(slots):
@@ -384,4 +356,4 @@ def finish(
             mass += scratch[a]
         for a in range(slots):
             policy[b, a] = scratch[a] / mass
-        root_values[b] = row[_TOTAL] / (total + 1.0)
+        root_values[b] = _search_based_value(row, total)

@@ -27,7 +27,7 @@ from sb3_ext.efficientzero.loss import random_intensity, random_shift
 from sb3_ext.efficientzero.networks import CnnNetwork, RunningNorm
 from sb3_ext.efficientzero.policies import CnnPolicy, MlpPolicy
 from sb3_ext.efficientzero.replay import SequenceReplayBuffer
-from sb3_ext.efficientzero.targets import masks, mix_values, n_step_values
+from sb3_ext.efficientzero.targets import loss_masks, mix_values, n_step_values
 from sb3_ext.losses import cross_entropy, inverse_value_transform, negative_cosine, two_hot, value_transform
 from tests.helpers import SMALL, TINY_CNN, fill, randomize
 
@@ -101,8 +101,8 @@ def test_short_windows_are_refused() -> None:
         )
 
 
-def test_masks_by_hand() -> None:
-    policy, value, reward = masks(np.array([1, 1, 5]), np.array([True, False, True]), 3)
+def test_loss_masks_by_hand() -> None:
+    policy, value, reward = loss_masks(np.array([1, 1, 5]), np.array([True, False, True]), 3)
     assert policy.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
     assert value.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]
     assert reward.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 1]]
@@ -456,7 +456,7 @@ def test_entropy_is_in_the_loss(env: str, default: float) -> None:
         out.loss.mean().backward()
         losses[coef] = float(out.loss.detach().mean())
         gradients[coef] = th.cat([p.grad.flatten() for p in model.policy.parameters() if p.grad is not None])
-    places = masks(batch.lengths, batch.terminated, 5)[0].sum() / 8 / 5
+    places = loss_masks(batch.lengths, batch.terminated, 5)[0].sum() / 8 / 5
     entropy = float(out.metrics["entropy"])
     assert losses[0.0] - losses[0.2] == pytest.approx(0.2 * places * entropy, rel=1e-3)
     assert env != "CartPole-v1" or entropy <= np.log(2)
@@ -490,11 +490,65 @@ def test_importance_weights_reach_the_gradient() -> None:
     assert th.equal(step(1.0), step(1.0))
 
 
+@pytest.mark.parametrize(
+    ("env", "places"), [("CartPole-v1", 1), ("CartPole-v1", 4), ("Pendulum-v1", 3), ("two actions", 2)]
+)
+def test_search_from_windows(env: str, places: int) -> None:
+    """The same as encoding and searching by hand from the first places of each window."""
+    actions = {"CartPole-v1": spaces.Discrete(2), "Pendulum-v1": spaces.Box(-1, 1, (1,))}
+    policy = make_policy(actions.get(env, spaces.Discrete(3)))
+    randomize(policy)
+    windows = np.random.default_rng(0).normal(size=(5, 4, 4)).astype(np.float32)
+    legal = None
+    if env == "two actions":
+        legal = np.tile([True, False, True], (5, places, 1))
+        legal[2] = False  # not known
+    th.manual_seed(0)
+    found = policy.search(windows, places, legal, improved_values=True)
+    values = policy.roots(th.from_numpy(windows.reshape(20, 4))).values
+    np.testing.assert_allclose(found.values, np.reshape(values, (5, 4)), rtol=1e-5)
+    np.testing.assert_array_equal(found.values, policy.values(windows))
+    th.manual_seed(0)
+    firsts = th.from_numpy(np.concatenate([window[:places] for window in windows]))
+    invalid = None if legal is None else np.array([[False, b != 2, False] for b in range(5) for _ in range(places)])
+    out, sampled = policy.plan(policy.roots(firsts), noise=True, invalid=invalid)
+    for b in range(5):
+        rows = slice(b * places, (b + 1) * places)
+        np.testing.assert_array_equal(found.best[b], out.actions[rows])
+        np.testing.assert_allclose(found.policy[b], out.improved_policy[rows], rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(found.search_values[b], out.improved_values[rows], rtol=1e-4, atol=1e-6)
+        if sampled is not None:
+            assert found.actions is not None
+            np.testing.assert_allclose(found.actions[b], sampled[rows], rtol=1e-4, atol=1e-6)
+    assert (found.actions is None) == (sampled is None)
+    assert found.depth == pytest.approx(out.tree.depths.max(axis=1).mean())
+    if legal is not None:
+        assert (found.policy[[0, 1, 3, 4], :, 1] == 0).all()
+        assert (found.policy[2, :, 1] > 0).all()
+
+
+def test_who_says_how_to_search(tmp_path: Path) -> None:
+    """An entry of policy_kwargs wins over the algorithm's argument, and stays what the user gave."""
+    given = {**SMALL["policy_kwargs"], "num_simulations": 7, "max_num_considered_actions": None}
+    settings = {**SMALL, "policy_kwargs": dict(given), "max_num_considered_actions": 3, "gamma": 0.9, "bf16": True}
+    model = EfficientZeroV2("MlpPolicy", "Acrobot-v1", seed=0, **settings)
+    for policy in (model.policy, model.policy_target):
+        assert (policy.num_simulations, policy.considered, policy.gamma, policy.bf16) == (7, 2, 0.9, True)
+    assert model.policy_kwargs == given
+    del settings["policy_kwargs"]["num_simulations"], settings["policy_kwargs"]["max_num_considered_actions"]
+    model = EfficientZeroV2("MlpPolicy", "Acrobot-v1", seed=0, **settings)
+    model.save(tmp_path / "model")
+    loaded = EfficientZeroV2.load(tmp_path / "model", device="cpu", num_simulations=50)
+    for policy in (loaded.policy, loaded.policy_target):
+        assert (policy.num_simulations, policy.considered, policy.gamma) == (50, 3, 0.9)
+    assert model.policy_target.num_simulations == SMALL["num_simulations"]
+
+
 def test_policy_alone() -> None:
     for env in ("CartPole-v1", "Pendulum-v1"):
         model = EfficientZeroV2("MlpPolicy", env, seed=0, **SMALL)
         randomize(model.policy)  # type: ignore[arg-type]
-        model.policy.search = False
+        model.policy.acts_by_search = False
         observation = model.observation_space.sample()
         action, _ = model.predict(observation, deterministic=True)
         wanted = model.policy.roots(th.from_numpy(observation)[None]).policy[0]

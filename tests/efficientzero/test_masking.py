@@ -33,21 +33,21 @@ def test_only_legal_actions_are_taken_and_learnt(n_envs: int, tmp_path: Any) -> 
     buffer = model.replay_buffer
     assert isinstance(buffer, SequenceReplayBuffer)
     batch = buffer.windows(np.arange(60), np.ones(60, np.float32))
-    assert batch.masks is not None
+    assert batch.legal is not None
     for b in range(60):
         length = batch.lengths[b]
         wanted = legal(states(batch.observations[b, :length]))
-        np.testing.assert_array_equal(batch.masks[b, :length], wanted)
+        np.testing.assert_array_equal(batch.legal[b, :length], wanted)
         assert wanted[np.arange(length), batch.actions[b, :length, 0]].all()
-        assert not batch.masks[b, length:].any(), "what follows an end or the newest step is not known"
+        assert not batch.legal[b, length:].any(), "what follows an end or the newest step is not known"
     targets = model.reanalyze(batch).policy.numpy()
-    known = batch.masks[:, :6].any(axis=2)
-    assert (targets[known][~batch.masks[:, :6][known]] == 0).all()
+    known = batch.legal[:, :6].any(axis=2)
+    assert (targets[known][~batch.legal[:, :6][known]] == 0).all()
     assert (targets[~known] > 0).all()
     model.save_replay_buffer(tmp_path / "replay")
     model.load_replay_buffer(tmp_path / "replay")
     again = model.replay_buffer.windows(np.arange(60), np.ones(60, np.float32))  # type: ignore[union-attr]
-    np.testing.assert_array_equal(again.masks, batch.masks)
+    np.testing.assert_array_equal(again.legal, batch.legal)
     mean, _ = evaluate_policy(model, env, n_eval_episodes=2)  # type: ignore[arg-type]
     assert np.isfinite(mean)
     watch = MaskableEvalCallback(make_vec_env(Masked, 1), eval_freq=5, n_eval_episodes=1, verbose=0)
@@ -59,11 +59,11 @@ def test_a_window_of_short_length_knows_the_mask_behind_it() -> None:
     model = EfficientZeroV2("MlpPolicy", make_vec_env(Masked, 1), seed=0, value_target="search", **SMALL).learn(40)
     assert isinstance(model.replay_buffer, SequenceReplayBuffer)
     batch = model.replay_buffer.windows(np.arange(40), np.ones(40, np.float32))
-    assert batch.masks is not None
-    inside = batch.masks[:, 5].any(axis=1)
+    assert batch.legal is not None
+    inside = batch.legal[:, 5].any(axis=1)
     assert inside.any()
     assert not inside.all()
-    np.testing.assert_array_equal(batch.masks[inside, 5], legal(states(batch.observations[inside, 5])))
+    np.testing.assert_array_equal(batch.legal[inside, 5], legal(states(batch.observations[inside, 5])))
 
 
 def test_predict_with_masks() -> None:
@@ -121,6 +121,6 @@ def test_masks_end_with_the_environment_that_had_them() -> None:
     row = np.zeros((1, N), np.float32)
     buffer.add(row, row, np.array([[0]]), np.zeros(1), np.array([False]), [{}])
     batch = buffer.windows(np.array([21]), np.ones(1, np.float32))
-    assert batch.masks is not None
-    assert not batch.masks.any()
+    assert batch.legal is not None
+    assert not batch.legal.any()
     assert th.isfinite(model.compute_loss(batch).loss).all()

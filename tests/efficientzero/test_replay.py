@@ -12,7 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_ext import EfficientZeroV2
 from sb3_ext.efficientzero.replay import SearchMemo, SequenceReplayBuffer
-from sb3_ext.efficientzero.targets import masks
+from sb3_ext.efficientzero.targets import loss_masks
 from tests.helpers import SMALL, Masked, fill, randomize
 
 
@@ -62,7 +62,7 @@ def test_targets_are_the_same(task: str, value: str, target: str, monkeypatch: p
         assert counts["searched"].pop() == 6 * len(batch.lengths)
         model.memoize_reanalysis = True
         memo = model.reanalyze(batch)
-        chosen, valued, _ = (mask.astype(bool) for mask in masks(batch.lengths, batch.terminated, 5))
+        chosen, valued, _ = (mask.astype(bool) for mask in loss_masks(batch.lengths, batch.terminated, 5))
         np.testing.assert_allclose(memo.values[valued], plain.values[valued], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(memo.policy[chosen], plain.policy[chosen], rtol=1e-3, atol=1e-5)
         np.testing.assert_array_equal(memo.best[chosen], plain.best[chosen])

@@ -134,6 +134,7 @@ def check_tree(tree: Any, b: int, at: int, node: Node, depth: int) -> None:
         (6, 1, 4, [1]),
         (3, 12, 3, [5, 5, 2]),  # 3 floor(12 / (3 log2 3)) = 6 on three, 6 on two
         (2, 16, 4, [8, 8]),
+        (20, 50, 16, [12] * 2 + [5] * 2 + [2] * 4 + [1] * 8),  # the table in halving.py
     ],
 )
 def test_schedule(slots: int, n: int, m: int, counts: list[int]) -> None:

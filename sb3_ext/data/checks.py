@@ -168,7 +168,7 @@ def check_padding(name: str, padding_type: str, venv: VecEnv, n_frames: int, rec
     other = "".join(shown)
     remedy = (
         f"load the dataset with padding_type={other!r}: load_minari(..., padding_type={other!r}), or "
-        f'CQL(..., dataset_kwargs={{"padding_type": {other!r}}}).'
+        f"CQL(..., dataset_kwargs={{'padding_type': {other!r}}})."
     )
     _other_padding(name, name, padding_type, shown, n_frames, _RECORD_FRAMES if recorded else remedy)
 

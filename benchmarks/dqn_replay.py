@@ -96,8 +96,8 @@ def make_log(folder: Path, rows: int, play: bool) -> float:
     """Write the file; return the CPU seconds."""
     seconds = (play_games if play else repeat_games)(folder, rows)
     # not closed: a second, almost empty file would be written; its beginning is removed
-    for part in folder.glob(".*.part"):
-        part.unlink()
+    for part in folder.glob(".*"):
+        part.unlink(missing_ok=True)
     return seconds
 
 

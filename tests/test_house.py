@@ -171,6 +171,41 @@ def test_a_name_means_one_thing() -> None:
     assert {name: places for name, places in homes.items() if len(places) > 1} == {}
 
 
+MOVES = {"os": {"fsync", "rename", "renames", "replace"}, "shutil": {"move"}}
+"""What gives files their names, or makes sure that they are on the disk."""
+TEMPORARY = {"tempfile": {"TemporaryDirectory"}, "uuid": set()}
+"""What makes temporary names, and which of it is not for a final file."""
+
+
+def moves(tree: ast.AST) -> list[str]:
+    """What moves files, or makes temporary names for them, without sb3_ext/files.py."""
+    found = []
+    for module, name in imported(tree):
+        if name in MOVES.get(module, ()) or (module in TEMPORARY and name not in TEMPORARY[module]):
+            found.append(f"{module}.{name}" if name else module)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner, name = ast.unparse(node.func.value), node.func.attr
+            # a text is replaced with two arguments, a dataclass with keywords
+            of_path = name == "rename" or (name == "replace" and len(node.args) == 1 and not node.keywords)
+            if of_path or name in MOVES.get(owner, ()):
+                found.append(f"{owner}.{name}")
+    return found
+
+
+def test_only_files_moves_files() -> None:
+    assert moves(ast.parse("import uuid; os.replace(a, b); os.rename(a, b); path.rename(b); path.replace(b)")) == [
+        *("uuid", "os.replace", "os.rename", "path.rename", "path.replace")
+    ]
+    assert moves(ast.parse("from os import replace; from tempfile import mkstemp; shutil.move(a, b); os.fsync(1)")) == [
+        *("os.replace", "tempfile.mkstemp", "shutil.move", "os.fsync")
+    ]
+    assert moves(ast.parse("text.replace('a', 'b'); dataclasses.replace(a, b=1); import os, shutil")) == []
+    found = {name_of(path): moves(ast.parse(path.read_text())) for path in MODULES if name_of(path) != "files"}
+    # its names of runs are not temporary
+    assert {name: what for name, what in found.items() if what} == {"zoo/runs": ["uuid"]}
+
+
 PARTS = {
     "cliffwalk.py": {"sb3_ext.replay.priorities"},
     "per_workers.py": {"sb3_ext.replay.priorities", "sb3_ext.replay.sum_tree"},

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
-import uuid
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,12 +19,12 @@ from numpy.typing import NDArray
 from sb3_ext.data.checks import CheckedEpisode, DatasetError
 from sb3_ext.data.envs import to_channel_first
 from sb3_ext.data.source import Source
+from sb3_ext.files import atomic_folder, make_folder, remove_leftovers
 from sb3_ext.replay.frames import PADDING_TYPES, ArrayFrames, BlockFrames, BlockWriter, FrameStore, split_stacks
 
 _FORMAT = 3
 _RAW, _ZSTD = "frames.bin", "frames.zst"
 _NAMED = ("actions", "rewards", "terminated", "lengths")
-_DAY = 86_400
 
 
 class NotStacks(Exception):
@@ -232,17 +230,6 @@ def _check_space(source: Source, folder: Path, n_rows: int, n_frames: int, compr
         )
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed left behind; a day old, so that nobody is still writing it."""
-    for partial in folder.glob(".partial-*"):
-        try:
-            changed = max(file.stat().st_mtime for file in (partial, *partial.iterdir()))
-        except FileNotFoundError:  # its process has just finished it
-            continue
-        if changed < time.time() - _DAY:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
 def write_cache(
     source: Source, episodes: Iterable[CheckedEpisode], folder: Path, n_rows: int, n_frames: int, compressed: bool
 ) -> None:
@@ -258,12 +245,10 @@ def write_cache(
     :raises DatasetError: if the data is bad or the disk is too small
     :raises NotStacks: see :func:`stream`
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder.parent)
+    make_folder(folder.parent)
+    remove_leftovers(folder.parent)
     _check_space(source, folder.parent, n_rows, n_frames, compressed)
-    partial = folder.with_name(f".partial-{uuid.uuid4().hex}")
-    partial.mkdir()
-    try:
+    with atomic_folder(folder, good=lambda found: open_cache(found) is not None) as partial:
         with (partial / (_ZSTD if compressed else _RAW)).open("wb") as file:
             sink = FileSink(file, compressed)
             arrays = stream(episodes, source.observation_space, source.n_actions, sink, n_frames)
@@ -279,11 +264,3 @@ def write_cache(
             "sizes": {f.name: f.stat().st_size for f in partial.iterdir()},
         }
         (partial / "manifest.json").write_text(json.dumps(manifest))
-        try:
-            partial.rename(folder)
-        except OSError:
-            if open_cache(folder) is None:  # else another process was faster
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

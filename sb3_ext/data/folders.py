@@ -1,9 +1,8 @@
-"""Folders of datasets: filled out of sight, locked, moved to their place in one step."""
+"""Folders of datasets: their namespaces and locks, and room for them on the disk."""
 
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,65 +13,14 @@ from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from sb3_ext.data.checks import DatasetError
+from sb3_ext.files import atomic_folder
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a full disk, a used-up quota, and a file that is larger than may be."""
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """
-    Write a file that appears under its name only when it is complete.
-
-    :param path: the file
-    :param data: its contents
-    """
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_bytes(data)
-    os.replace(partial, path)
-
-
-def _old(new: Path) -> Path:
-    return new.with_name(new.name + ".old")
-
-
-def replace_folder(new: Path, final: Path) -> None:
-    """
-    Move a finished folder to its place; an older one is removed only after that.
-
-    :param new: the finished folder, on the same file system
-    :param final: its place
-    """
-    old = _old(new)
-    if final.exists():
-        os.replace(final, old)
-    try:
-        os.replace(new, final)
-    except BaseException:
-        if old.exists():
-            os.replace(old, final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(new: Path, final: Path) -> None:
-    """
-    Put right what a :func:`replace_folder` that was killed in the middle left behind.
-
-    :param new: as then
-    :param final: as then
-    """
-    old = _old(new)
-    if old.exists() and not final.exists():
-        os.replace(old, final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def remove_empty(folder: Path) -> None:
-    """
-    Remove a folder, and those above it in Minari's root, as far as they are empty.
-
-    :param folder: the lowest of them
-    """
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder, and those above it in Minari's root, as far as they are empty."""
     root = Path(get_dataset_path())
     while folder != root and root in folder.parents:
         try:
@@ -80,6 +28,22 @@ def remove_empty(folder: Path) -> None:
         except OSError:
             return
         folder = folder.parent
+
+
+@contextmanager
+def dataset_folder(final: Path) -> Iterator[Path]:
+    """
+    Fill a dataset's folder out of sight, all or nothing: on failure no empty namespace is left either.
+
+    :param final: its place
+    :return: the folder to fill, see :func:`~sb3_ext.files.atomic_folder`
+    """
+    try:
+        with atomic_folder(final) as partial:
+            yield partial
+    except BaseException:
+        _remove_empty(final.parent)
+        raise
 
 
 def ensure_namespace(namespace: str | None) -> None:

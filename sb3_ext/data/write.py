@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import shutil
-import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +24,8 @@ from numpy.typing import NDArray
 
 from sb3_ext.data.checks import check_spaces
 from sb3_ext.data.envs import is_frame_space
-from sb3_ext.data.folders import ensure_namespace, remove_empty, replace_folder
+from sb3_ext.data.folders import dataset_folder, ensure_namespace
+from sb3_ext.files import remove_leftovers
 from sb3_ext.replay.frames import unpack_frames
 
 _FORMATS = ("arrow", "hdf5", "parquet")
@@ -136,6 +135,8 @@ def check_new_id(dataset_id: str, overwrite: bool = False) -> tuple[str | None, 
     """
     Make sure that a dataset can be written under an id, before anything is played for it.
 
+    What killed processes left in its namespace is put right first.
+
     :param dataset_id: ``namespace/name-v0``
     :param overwrite: whether one of the same id may be replaced
     :return: namespace and folder of the new dataset
@@ -147,6 +148,7 @@ def check_new_id(dataset_id: str, overwrite: bool = False) -> tuple[str | None, 
             f"{dataset_id!r} is no dataset id: call it 'namespace/name-v0', with a namespace of two or more characters."
         )
     folder = Path(get_dataset_path(dataset_id))
+    remove_leftovers(folder.parent)
     if folder.exists() and not overwrite:
         raise ValueError(f"The dataset {dataset_id!r} exists; choose another version or pass overwrite=True.")
     return match["namespace"], folder
@@ -248,9 +250,7 @@ def write_dataset(
     observation_space = env.observation_space
     if data_format is None:
         data_format = "parquet" if is_frame_space(observation_space) else "hdf5"
-    partial = final.with_name(f".{final.name}-{uuid.uuid4().hex}")
-    partial.mkdir(parents=True)
-    try:
+    with dataset_folder(final) as partial:
         storage = MinariStorage.new(
             partial / "data",
             observation_space=observation_space,
@@ -293,9 +293,4 @@ def write_dataset(
             facts |= {"ref_min_score": ref_min_score, "ref_max_score": ref_max_score}
         storage.update_metadata({**facts, "dataset_size": float(storage.get_size())})
         ensure_namespace(namespace)
-        replace_folder(partial, final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        remove_empty(partial.parent)
-        raise
     return minari.load_dataset(dataset_id)

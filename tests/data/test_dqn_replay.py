@@ -386,6 +386,78 @@ def test_a_kill_while_the_work_is_cleared_away_loses_nothing(tmp_path: Path, mon
     assert kills >= 6
 
 
+def test_episodes_are_on_the_disk_before_they_are_noted_as_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_log(tmp_path, steps_of([30, 60]))
+    flushed: set[int] = set()
+    fsync, replace, noted = os.fsync, os.replace, []
+
+    def spy_fsync(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def spy_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        if target.name.startswith(("done-", "joined")):
+            data = target.parent / "data"
+            found = [path for path in data.rglob("*") if path.parent != data or path.is_dir()]
+            waiting = [path for path in target.parent.glob("part-*.npz")]
+            assert all(path.stat().st_ino in flushed for path in (data, *found, *waiting))
+            noted.append((target.name, len(found), len(waiting)))
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    convert(tmp_path)
+    assert [name for name, _, _ in noted] == ["done-0.json", "done-1.json", "joined.json"]
+    # an episode is a folder and two files; the second one is in three parts: the row before file 1 is that file's last
+    assert [counts for _, *counts in noted] == [[3, 1], [3, 3], [6, 3]]
+
+
+def test_what_killed_conversions_were_writing_is_not_in_the_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sb3_ext.data.dqn_replay.convert as module
+
+    write_log(tmp_path, steps_of([30, 60]))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_join", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path)
+    work = Path(os.environ["MINARI_DATASETS_PATH"], "log", ".game-v0-convert")
+    for name in (f"data/0/.part-0.{'a' * 32}.arrow", f"data/0/.metadata.{'b' * 32}.json", f".done-0.{'c' * 32}.json"):
+        (work / name).write_text("half")
+    data = Path(convert(tmp_path).storage.data_path)
+    assert not list(data.parent.rglob(".*"))
+    assert (data / "0" / "part-0.arrow").exists()
+
+
+def test_a_log_that_was_killed_in_its_first_file_starts_again(tmp_path: Path) -> None:
+    steps, folder = steps_of([30]), tmp_path / "Game" / "1" / "replay_logs"
+    code = (
+        "import os, signal\n"
+        "from sb3_ext.data import ReplayLog\n"
+        f"log = ReplayLog({str(folder)!r}, {SHAPE}, {CAPACITY})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == -signal.SIGKILL
+    before = set(folder.iterdir())
+    assert len(before) == len(STORES)
+    with pytest.raises(DatasetError, match="There is no log"):
+        convert(tmp_path)
+    log = ReplayLog(folder, SHAPE, CAPACITY)
+    assert len(set(folder.iterdir())) == len(STORES)
+    assert not before & set(folder.iterdir())
+    for step in steps:
+        log.add(*step)
+    log.close()
+    assert {p.name for p in folder.iterdir()} == {
+        store_name(store, 0) for store in (*STORES, "add_count", "invalid_range")
+    }
+    assert convert(tmp_path).total_steps == 30
+
+
 # ------------------------------------------------------------------ bad input
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -759,6 +760,19 @@ def test_a_disk_that_fills_up_during_the_transfer(
     assert_nothing_landed()
     subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
     download(HERE if remote == "hub" else place)
+    assert_landed(tiny)
+
+
+def test_a_disk_that_turns_out_to_be_full_when_it_is_flushed(place: Path, tiny: Any, monkeypatch: Any) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sb3_ext.files.sync_tree", full)
+        with pytest.raises(DatasetError, match=r"is full: about [\d,]+ bytes are needed in all, [\d,]+ are free"):
+            download(place)
+    assert_nothing_landed()
+    download(place)
     assert_landed(tiny)
 
 

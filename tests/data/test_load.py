@@ -527,7 +527,8 @@ def test_several_may_build_the_same_entry_at_once(breakout: minari.MinariDataset
 
 def test_leftovers_of_killed_processes_are_removed_after_a_day(make_dataset: MakeDataset, tmp_path: Path) -> None:
     dataset = make_dataset(random_episodes((3,)), space_of("vector"))
-    for name, age in ((".partial-old", 2 * 86_400), (".partial-new", 60)):
+    old, new = (f".entry.{letter * 32}" for letter in "ab")
+    for name, age in ((old, 2 * 86_400), (new, 60)):
         folder = tmp_path / "cache" / name
         folder.mkdir(parents=True)
         (folder / "frames.bin").write_bytes(b"x")
@@ -536,8 +537,8 @@ def test_leftovers_of_killed_processes_are_removed_after_a_day(make_dataset: Mak
             os.utime(path, (time, time))
     load_minari(dataset, device="cpu")
     left = {e.name for e in (tmp_path / "cache").iterdir()}
-    assert ".partial-new" in left
-    assert ".partial-old" not in left
+    assert new in left
+    assert old not in left
 
 
 def test_a_full_disk_is_noticed_before_writing(

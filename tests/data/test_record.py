@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -458,6 +459,23 @@ def test_a_failure_leaves_an_existing_dataset_alone(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the game crashed"):
         write("by/hand-v0", failing(), overwrite=True)
     assert {f: f.read_bytes() for f in (tmp_path / "datasets").rglob("*") if f.is_file()} == before
+
+
+def test_a_dataset_that_a_killed_replacement_set_aside_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("by/hand-v0", [some_episode(3)])
+    folder = tmp_path / "datasets" / "by"
+    (folder / "hand-v0").rename(folder / f".hand-v0.{'a' * 32}.old")
+    (folder / f".hand-v0.{'a' * 32}").mkdir()
+    write("by/other-v0", [some_episode(4)])
+    assert set(minari.list_local_datasets()) == {"by/other-v0"}, "its process may still be at it"
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86_500)
+    with pytest.raises(ValueError, match="exists; choose another version or pass overwrite=True"):
+        write("by/hand-v0", [some_episode(5)])
+    assert minari.load_dataset("by/hand-v0").total_steps == 3
+    assert {p.name for p in folder.iterdir()} == {"hand-v0", "other-v0", "namespace_metadata.json"}
 
 
 def test_a_replacement_leaves_no_rest(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,21 @@ from numpy.typing import NDArray
 
 from sb3_ext.data.checks import DatasetError
 from sb3_ext.data.dqn_replay.engines import ENGINES, run_jobs
-from sb3_ext.data.dqn_replay.log import STORES, StoreReader, read_store, store_name
+from sb3_ext.data.dqn_replay.log import FINISHED, STORES, StoreReader, read_store, store_name
 from sb3_ext.data.dqn_replay.plan import SUBSETS, Plan, make_plan
 from sb3_ext.data.envs import make_atari_env
-from sb3_ext.data.folders import ensure_namespace, full_disk, lock_folder, replace_folder, write_file
+from sb3_ext.data.folders import ensure_namespace, full_disk, lock_folder
 from sb3_ext.data.write import check_new_id, plain_spec, requirements, return_statistics
+from sb3_ext.files import (
+    atomic_path,
+    make_folder,
+    remove_leftovers,
+    replace_folder,
+    sync,
+    sync_tree,
+    work_folder,
+    write_file,
+)
 
 _FORMAT = 1
 _CHUNK = 512
@@ -54,7 +64,8 @@ def _write_episode(
     """
     Write one episode as Minari's Arrow storage does, but compressed (zstd); return its return.
 
-    ``frames`` are those of :func:`_frames`. They are not copied: the longest episodes have 190 MB of them.
+    ``frames`` are those of :func:`_frames`. They are not copied: the longest episodes have 190 MB of them. Nothing is
+    flushed to the disk: :func:`_flush` does that for many episodes, which is faster.
     """
     import pyarrow as pa  # here, because it takes a second
 
@@ -78,18 +89,27 @@ def _write_episode(
     )
     target = folder / str(number)
     target.mkdir(exist_ok=True)
-    partial = target / ".part-0.arrow.part"
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1), use_threads=False)
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, batch.schema, options=options) as writer:
+    with (
+        atomic_path(target / "part-0.arrow", flush=False) as partial,
+        pa.OSFile(str(partial), "wb") as sink,
+        pa.ipc.new_file(sink, batch.schema, options=options) as writer,
+    ):
         writer.write_batch(batch)
-    os.replace(partial, target / "part-0.arrow")
     total = float(rewards.sum(dtype=np.float64))
     facts = {"id": number, "total_steps": steps, **{f"rewards_{k}": getattr(rewards, k)().item() for k in _FACTS}}
-    write_file(target / "metadata.json", json.dumps(facts | {"rewards_sum": total}).encode())
+    write_file(target / "metadata.json", json.dumps(facts | {"rewards_sum": total}).encode(), flush=False)
     return total
 
 
 _FACTS = ("mean", "std", "min", "max")
+
+
+def _flush(data: Path, episodes: Iterable[int]) -> None:
+    """Flush episodes to the disk, before they are noted as done."""
+    for number in episodes:
+        sync_tree(data / str(number))
+    sync(data)
 
 
 def _check_small(job: _Job, actions: NDArray[Any], rewards: NDArray[Any]) -> None:
@@ -140,9 +160,8 @@ def _convert_file(job: _Job) -> None:
                     job.work / "data", segment.episode, frames, actions[span], rewards[span], ended
                 )
             else:
-                part = job.work / f"part-{segment.episode}-{segment.part}.npz"
-                with part.open("wb") as file:
-                    np.savez(file, frames=frames, actions=actions[span], rewards=rewards[span])
+                with atomic_path(job.work / f"part-{segment.episode}-{segment.part}.npz") as part:
+                    np.savez(part, frames=frames, actions=actions[span], rewards=rewards[span])
         if job.verify:
             reader.finish()
             invalid = plan.folder / store_name("invalid_range", suffix)
@@ -150,6 +169,7 @@ def _convert_file(job: _Job) -> None:
                 read_store(plan.folder, "invalid_range", suffix, True)
     finally:
         reader.close()
+    _flush(job.work / "data", returns)
     write_file(done, json.dumps(returns).encode())
 
 
@@ -179,13 +199,14 @@ def _join(plan: Plan, work: Path, shape: tuple[int, int]) -> dict[int, float]:
             row += rows
             part.close()
         returns[number] = _write_episode(work / "data", number, frames, actions, rewards, ended)
+    _flush(work / "data", returns)
     return returns
 
 
 def _digest(plan: Plan, options: dict[str, Any]) -> str:
     """Name of a conversion: it changes with what is asked for and with the size and time of every file."""
     digest = hashlib.sha256(repr((_FORMAT, sorted(options.items()))).encode())
-    for path in sorted(plan.folder.glob("*_ckpt.*.gz")):
+    for path in sorted(plan.folder.glob(FINISHED)):
         stat = path.stat()
         digest.update(f"{path.name}|{stat.st_size}|{stat.st_mtime_ns};".encode())
     return digest.hexdigest()
@@ -267,7 +288,7 @@ def convert_dqn_replay(
             say(f"{dataset_id} is converted already.")
             return minari.load_dataset(dataset_id)
         raise ValueError(f"The dataset {dataset_id!r} exists; choose another version or pass overwrite=True.")
-    work = final.with_name(f".{final.name}-convert")
+    work = work_folder(final, "convert")
     with (
         lock_folder(final, f"Another process is converting to {dataset_id}."),
         full_disk(final.parent, _expected_bytes(plan)),
@@ -291,8 +312,9 @@ def _work(
     mark = work / "plan.txt"
     if not mark.exists() or mark.read_text() != digest:
         shutil.rmtree(work, ignore_errors=True)
-        (work / "data").mkdir(parents=True)
+        make_folder(work / "data")
         write_file(mark, digest.encode())
+    remove_leftovers(work, age=0, deep=True)
     assert isinstance(env.action_space, spaces.Discrete)
     height, width = env.observation_space.shape or (0, 0)
     jobs = [_Job(plan, s, work, int(env.action_space.n), (height, width), verify) for s in sorted(plan.segments)]
@@ -361,8 +383,13 @@ def _finish(work: Path, final: Path, namespace: str | None, env: gym.Env[Any, An
     )
     storage.update_metadata({**facts, "dataset_size": round(size / 1e6, 1)})
     ensure_namespace(namespace)
+    sync(data / "metadata.json")
+    sync(data)
     # a file that counts as done needs its parts, and all of them need the plan
-    order = {".json": 0, ".npz": 1, ".txt": 2}
-    for path in sorted(set(work.iterdir()) - {data}, key=lambda path: order.get(path.suffix, 0)):
-        path.unlink()
-    replace_folder(work, final)
+    left, order = set(work.iterdir()) - {data}, {".json": 0, ".npz": 1, ".txt": 2}
+    for step in sorted(set(order.values())):
+        for path in left:
+            if order.get(path.suffix, 0) == step:
+                path.unlink()
+        sync(work)
+    replace_folder(work, final, synced=True)

@@ -7,6 +7,7 @@ import os
 import tokenize
 import warnings
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, SupportsFloat, cast
 
@@ -16,11 +17,15 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from sb3_ext.data.checks import DatasetError
+from sb3_ext.files import atomic_path, make_folder, remove_leftovers
 
 PADDING = 3
 """Empty rows before every episode, so that Dopamine's stacks of four begin with zeros."""
 
 STORES = {"observation": np.uint8, "action": np.int32, "reward": np.float32, "terminal": np.uint8}
+FINISHED = "[!.]*_ckpt.*.gz"
+"""Pattern of the names of files that are not being written any more."""
+
 _CHUNK = 1 << 20
 
 
@@ -151,8 +156,8 @@ class _Writer:
     """One gzipped ``.npy`` that appears under its name when it is complete."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any, level: int) -> None:
-        self._path, self._partial = path, path.with_name(f".{path.name}.part")
-        self._raw = self._partial.open("wb")
+        self._place = ExitStack()
+        self._raw = self._place.enter_context(atomic_path(path)).open("wb")
         # no name and no time in the header: the same steps give the same bytes
         self._file = gzip.GzipFile("", "wb", level, self._raw, mtime=0)
         header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
@@ -164,7 +169,7 @@ class _Writer:
     def finish(self) -> None:
         self._file.close()
         self._raw.close()
-        os.replace(self._partial, self._path)
+        self._place.close()
 
 
 class ReplayLog:
@@ -189,9 +194,10 @@ class ReplayLog:
         self.folder, self.shape, self.capacity, self._level = Path(folder), shape, capacity, level
         if capacity < PADDING + 2:
             raise ValueError(f"capacity must be at least {PADDING + 2}, got {capacity}.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if any(self.folder.glob("*_ckpt.*.gz")):
+        make_folder(self.folder)
+        if any(self.folder.glob(FINISHED)):
             raise ValueError(f"{self.folder} holds a log already; choose another run.")
+        remove_leftovers(self.folder, age=0)
         self._empty = {
             "observation": bytes(shape[0] * shape[1]),
             "action": bytes(4),

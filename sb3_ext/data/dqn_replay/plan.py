@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sb3_ext.data.checks import DatasetError
-from sb3_ext.data.dqn_replay.log import PADDING, STORES, StoreReader, read_store, store_name
+from sb3_ext.data.dqn_replay.log import FINISHED, PADDING, STORES, StoreReader, read_store, store_name
 
 SUBSETS = ("author", "episodes", "first", "uniform")
 WINDOW = 1000
@@ -94,7 +94,7 @@ def find_files(folder: Path) -> list[int]:
     :raises DatasetError: if there is none, or one lacks a store
     """
     found: dict[int, set[str]] = {}
-    for path in folder.glob("*_ckpt.*.gz") if folder.is_dir() else ():
+    for path in folder.glob(FINISHED) if folder.is_dir() else ():
         match = re.fullmatch(r"(?:\$store\$_)?([a-z_]+)_ckpt\.(\d+)\.gz", path.name)
         if match:
             found.setdefault(int(match[2]), set()).add(match[1])

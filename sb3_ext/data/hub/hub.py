@@ -14,15 +14,7 @@ from minari.dataset.minari_dataset import DATASET_ID_RE
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from sb3_ext.data.checks import DatasetError
-from sb3_ext.data.folders import (
-    check_space,
-    ensure_namespace,
-    full_disk,
-    lock_folder,
-    recover_folder,
-    replace_folder,
-    write_file,
-)
+from sb3_ext.data.folders import check_space, ensure_namespace, full_disk, lock_folder
 from sb3_ext.data.hub.card import draw_returns, write_card
 from sb3_ext.data.hub.manifest import (
     CARD,
@@ -38,6 +30,7 @@ from sb3_ext.data.hub.manifest import (
 from sb3_ext.data.hub.remotes import FolderRemote, NotPublished, Remote, open_remote
 from sb3_ext.data.source import DatasetLike, Source, open_source
 from sb3_ext.data.write import check_new_id
+from sb3_ext.files import move_into, recover_folder, replace_folder, work_folder, write_file
 
 Report = Callable[[str], None]
 _LARGE = 1 << 26
@@ -164,8 +157,7 @@ def _fetch_all(place: Remote, manifest: Manifest, staging: Path, say: Report) ->
                 f"{place.address}: {name} {kind}: its SHA-256 is not that of the manifest. Try again; if that does "
                 "not help, ask its publisher to publish it again."
             )
-        (staging / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, staging / name)
+        move_into(path, staging / name)
         return name
 
     small = [name for name in missing if manifest.files[name].size < _LARGE]
@@ -222,7 +214,7 @@ def download(
     if isinstance(place, FolderRemote) and final.resolve() == Path(place.address).resolve():
         raise ValueError(f"{place.address} is the folder of Minari's datasets on this machine; there is nothing to do.")
     check_new_id(name, overwrite)
-    staging = final.with_name(f".{final.name}-download")
+    staging = work_folder(final, "download")
     with lock_folder(final, f"Another process is downloading or converting to {name}."):
         recover_folder(staging, final)
         namespace, _ = check_new_id(name, overwrite)
@@ -232,7 +224,8 @@ def download(
         _keep_only(staging, manifest)
         write_file(staging / MANIFEST, data)
         ensure_namespace(namespace)
-        replace_folder(staging, final)
+        with full_disk(final.parent, sum(file.size for file in manifest.files.values())):
+            replace_folder(staging, final)
     return name
 
 

@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from sb3_ext.data.checks import DatasetError
-from sb3_ext.data.folders import FULL, check_space, full_disk, lock_folder, recover_folder, replace_folder
+from sb3_ext.data.folders import FULL, check_space, full_disk, lock_folder
 from sb3_ext.data.hub.manifest import MANIFEST
+from sb3_ext.files import recover_folder, replace_folder, work_folder
 
 _NAMESPACE = "namespace_metadata.json"
 _KEPT = "What is done is kept; run it again to go on."
@@ -106,7 +107,7 @@ class FolderRemote(Remote):
     def send(self, files: Mapping[str, Path], dataset_id: str) -> None:
         """Fill a hidden folder beside the dataset's, and move it to its place."""
         final = self._root
-        partial = final.with_name(f".{final.name}-publish")
+        partial = work_folder(final, "publish")
         needed = sum(path.stat().st_size for path in files.values())
         try:
             with lock_folder(final, f"Another process is publishing {final}."), full_disk(final.parent, needed):

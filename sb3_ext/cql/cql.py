@@ -32,6 +32,7 @@ from sb3_ext.losses import LossOutput, conservative_gap
 from sb3_ext.off_policy import OffPolicy
 from sb3_ext.replay.dataset import OfflineReplayBuffer
 from sb3_ext.replay.priorities import Priorities
+from sb3_ext.threads import with_loop_threads
 
 
 class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
@@ -296,6 +297,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         self.exploration_rate = self.exploration_final_eps  # what predict() does when it is not greedy
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
+    @with_loop_threads
     def learn_online(
         self,
         total_timesteps: int,

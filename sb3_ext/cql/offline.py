@@ -31,6 +31,7 @@ from sb3_ext.normalize import begin_statistics_of
 from sb3_ext.off_policy import MetricMeans
 from sb3_ext.replay.dataset import OfflineReplayBuffer
 from sb3_ext.replay.priorities import Priorities
+from sb3_ext.threads import with_loop_threads
 
 
 class OfflineEnv(gym.Env[Any, Any]):
@@ -288,6 +289,7 @@ class OfflineAlgorithm(BaseAlgorithm):
         super().set_env(env, force_reset)
         self._match_padding(self._dataset)
 
+    @with_loop_threads
     def learn(
         self,
         total_timesteps: int,

@@ -32,6 +32,7 @@ from sb3_ext.losses import LossOutput
 from sb3_ext.normalize import begin_statistics
 from sb3_ext.off_policy import OffPolicy
 from sb3_ext.replay.frames import PADDING_TYPES
+from sb3_ext.threads import with_loop_threads
 
 VALUE_TARGETS = ("mixed", "n_step", "search")
 SEARCH_VALUES = ("mean", "improved")
@@ -319,6 +320,7 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
                 self.logger.record(f"time/{name}_per_second", rate)
         super().dump_logs()
 
+    @with_loop_threads
     def pretrain(self, dataset: DatasetLike, gradient_steps: int) -> Self:
         """
         Put a Minari dataset into the replay buffer and learn from it by reanalysis, before :meth:`learn` or instead.

@@ -26,7 +26,7 @@ from sb3_ext.losses import inverse_value_transform, two_hot, value_transform
 from sb3_ext.search.gpu import DeviceSearch
 from sb3_ext.search.gumbel import RecurrentOutput, SearchOutput, gumbel_search
 from sb3_ext.search.mlp import CHUNK
-from sb3_ext.threads import blas_threads
+from sb3_ext.threads import blas_threads, with_loop_threads
 
 _CHUNK = 1 << 21
 """Numbers of observations encoded at once on a CPU: few enough for the caches, and for memory to be used again."""
@@ -480,6 +480,8 @@ class EfficientZeroPolicy(MaskedPolicy):
 
 class MlpPolicy(EfficientZeroPolicy):
     """For vectors; see :class:`~sb3_ext.efficientzero.networks.MlpNetwork`."""
+
+    _predict = with_loop_threads(EfficientZeroPolicy._predict)
 
 
 class CnnPolicy(EfficientZeroPolicy):

@@ -27,6 +27,7 @@ from sb3_ext.gail.discriminator import Discriminator
 from sb3_ext.gail.reward import LOGIT_CLIP, AbsorbingStates, RewardForm, make_reward_net, reward_form
 from sb3_ext.gail.rollout import RolloutNotes
 from sb3_ext.saving import save_whole
+from sb3_ext.threads import with_loop_threads
 
 
 class GAIL(PPO):
@@ -244,6 +245,7 @@ class GAIL(PPO):
         self._reward_form = reward_form(self.reward)
         self._past: deque[tuple[th.Tensor, ...]] = deque(maxlen=self.replay_rollouts)
 
+    @with_loop_threads
     def learn(
         self,
         total_timesteps: int,
@@ -278,6 +280,7 @@ class GAIL(PPO):
             )
         return self._demonstrations
 
+    @with_loop_threads
     def pretrain(self, n_epochs: int, batch_size: int = 64, learning_rate: float = 1e-3) -> float:
         """
         Clone the demonstrated behaviour: maximise the log-likelihood of the expert's actions.

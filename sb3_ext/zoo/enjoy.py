@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from sb3_ext.zoo.config import Algo, ZooError, load_algo, one_line_errors
 from sb3_ext.zoo.runs import Run, find_run, list_runs, slug
 from sb3_ext.zoo.settings import EnjoySettings
-from sb3_ext.zoo.tasks import Task, check_env_id, find_task, is_atari, make_model_envs
+from sb3_ext.zoo.tasks import Task, check_env_id, find_task, is_atari, make_model_envs, use_threads
 
 _INSTALL = 'pip install "sb3-ext[report]"'
 
@@ -40,8 +39,7 @@ def enjoy(settings: EnjoySettings) -> None:
         run = find_run(settings.folder, algo.name, slug(task.name), settings.exp_id)
         path = _choose_model(settings, run)
         set_random_seed(settings.seed)
-        if settings.num_threads > 0:
-            th.set_num_threads(settings.num_threads)
+        use_threads(settings.num_threads)
         # nothing is learned, so the smallest and simplest buffer will do
         small = {"buffer_size": 1, "n_steps": 1, "replay_buffer_kwargs": {}, "optimize_memory_usage": False}
         kwargs: dict[str, Any] = small if algo.replays else {}

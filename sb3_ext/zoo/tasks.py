@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import minari
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from minari.serialization import deserialize_space
 from minari.storage import get_dataset_path
@@ -58,6 +59,17 @@ class Task:
     def policy(self) -> str | None:
         """What ``policy: auto`` means, if the observation space is known."""
         return policy_for(self.observation_space) if self.observation_space is not None else None
+
+
+def use_threads(number: int) -> None:
+    """
+    Let PyTorch compute in so many threads, small networks included.
+
+    :param number: how many; nothing is changed if it is not positive
+    """
+    if number > 0:
+        os.environ["OMP_NUM_THREADS"] = str(number)  # says that the number was chosen, also if it is PyTorch's own
+        th.set_num_threads(number)
 
 
 def is_picture(space: spaces.Space[Any] | None) -> bool:

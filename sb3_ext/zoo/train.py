@@ -16,7 +16,6 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import torch as th
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
@@ -47,7 +46,7 @@ from sb3_ext.zoo.runs import (
     tidy,
 )
 from sb3_ext.zoo.settings import TrainSettings
-from sb3_ext.zoo.tasks import Task, find_task, make_envs, make_model_envs, policy_for
+from sb3_ext.zoo.tasks import Task, find_task, make_envs, make_model_envs, policy_for, use_threads
 
 EVAL_FREQ = 25_000
 """Steps between evaluations if the user does not say, as in rl_zoo3."""
@@ -117,8 +116,7 @@ def train(settings: TrainSettings, words: list[str]) -> None:
         return
     if settings.seed < 0:
         settings = replace(settings, seed=int(np.random.default_rng().integers(2**31)))
-    if settings.num_threads > 0:
-        th.set_num_threads(settings.num_threads)
+    use_threads(settings.num_threads)
     fresh = run is None
     if run is not None:
         tidy(run)

@@ -7,7 +7,7 @@ import pathlib
 import warnings
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -20,7 +20,6 @@ from sb3_ext.losses import LossOutput
 from sb3_ext.replay.batch import ReplayHooks, hooks_of
 from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
 from sb3_ext.saving import save_whole
-from sb3_ext.threads import loop_threads
 
 _GPU_CHECK_EVERY = 100
 """Gradient steps between looks at the loss on a GPU, because each look waits for the GPU."""
@@ -194,18 +193,6 @@ class OffPolicy(OffPolicyAlgorithm):
             return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
         finally:
             self.optimize_memory_usage = optimize
-
-    def learn(self, *args: Any, **kwargs: Any) -> Self:
-        """
-        Collect and learn as SB3 does; small networks on a CPU take one thread, see
-        :func:`~sb3_ext.threads.loop_threads`.
-
-        :param args: see SB3
-        :param kwargs: see SB3
-        :return: self
-        """
-        with loop_threads(self):
-            return super().learn(*args, **kwargs)
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         """

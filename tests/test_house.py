@@ -34,7 +34,7 @@ BELOW = {
     "search": set(),
     "data": {"replay", "files"},
     "off_policy": {"replay", "losses", "saving", "threads"},
-    "dqn": {"off_policy", "replay", "losses"},
+    "dqn": {"threads", "off_policy", "replay", "losses"},
     "cql": {
         "arguments",
         "dqn",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import sb3_contrib
 import stable_baselines3 as sb3
 import torch as th
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
 from torch.nn import functional as F
 
 from sb3_ext.dqn import rainbow
 from sb3_ext.losses import LossOutput, quantile_huber_loss
 from sb3_ext.off_policy import OffPolicy
+from sb3_ext.threads import with_loop_threads
 
 
 class DQN(OffPolicy, sb3.DQN):
@@ -46,6 +47,19 @@ class DQN(OffPolicy, sb3.DQN):
         loss = F.smooth_l1_loss(q, target, reduction="none")
         return LossOutput(loss.squeeze(1), (target - q.detach()).squeeze(1), {})
 
+    @with_loop_threads
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "DQN",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """See SB3; small networks on a CPU take one thread, see :func:`~sb3_ext.threads.loop_threads`."""
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
 
 class QRDQN(OffPolicy, sb3_contrib.QRDQN):
     """
@@ -76,6 +90,19 @@ class QRDQN(OffPolicy, sb3_contrib.QRDQN):
             chooser = self.quantile_net(batch.next_observations) if double_q else following
             following = _of_action(following, chooser.mean(dim=1).argmax(dim=1, keepdim=True))
         return quantile_td(batch, quantiles, following, self.gamma)
+
+    @with_loop_threads
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "QRDQN",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """See SB3; small networks on a CPU take one thread, see :func:`~sb3_ext.threads.loop_threads`."""
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
 
 def quantile_td(

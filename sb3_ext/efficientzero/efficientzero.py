@@ -363,6 +363,7 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
         """
         return explain(self.policy, observation, deterministic, action_masks)
 
+    @with_loop_threads
     def learn(
         self,
         total_timesteps: int,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import minari
 import numpy as np
-import torch as th
 from gymnasium import spaces
 from minari.serialization import deserialize_space
 from minari.storage import get_dataset_path
@@ -67,6 +66,8 @@ def use_threads(number: int) -> None:
 
     :param number: how many; nothing is changed if it is not positive
     """
+    import torch as th  # here, because `sb3x data` does without it
+
     if number > 0:
         os.environ["OMP_NUM_THREADS"] = str(number)  # says that the number was chosen, also if it is PyTorch's own
         th.set_num_threads(number)

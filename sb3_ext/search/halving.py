@@ -66,7 +66,7 @@ def begin_halving(
     row[_ALIVE], row[_CONSIDERED], row[_END] = alive, alive, phase_length(total, alive, alive)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(inline="always", error_model="numpy")
 def is_decided(row: Floats) -> bool:
     """Whether one candidate is left, so that no score matters."""
     return bool(row[_ALIVE] <= 1.0)
@@ -88,7 +88,7 @@ def _halve(row: Floats, slots: int, simulation: int, total: int, scores: Floats)
     row[_END] = simulation + phase_length(total, row[_CONSIDERED], alive)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(inline="always", error_model="numpy")
 def next_candidate(
     row: Floats, slots: int, visits: int, stride: int, simulation: int, total: int, scores: Floats
 ) -> int:

@@ -23,12 +23,13 @@ P = ParamSpec("P")
 S = TypeVar("S")
 T = TypeVar("T")
 
-SMALL = 150_000_000
+SMALL = 40_000_000
 """
 Multiplications of :func:`multiply_adds` up to which a batch is computed in one thread.
 
-Below are MLPs of up to 256x256 units with batches of up to 256, even with 200 quantiles of four actions; above are
-Nature CNNs on 84x84 pictures from batches of 16 on. ``benchmarks/busy_neighbour.py`` measures both sides of it.
+Below are MLPs of up to 256x256 units with batches of up to 256, above are Nature CNNs on 84x84 pictures. On a quiet
+machine one thread takes up to 1.4 times as long as two at the upper end, and as long as two at the lower one; beside
+another process two threads may take many times as long. ``benchmarks/busy_neighbour.py`` measures both.
 """
 
 _CHOICES = "OMP_NUM_THREADS", "MKL_NUM_THREADS"

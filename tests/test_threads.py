@@ -216,7 +216,7 @@ class Pictures(gym.Env[Any, Any]):
     ("policy", "env", "options", "seen"),
     [
         ("CnnPolicy", Pictures, {"batch_size": 32}, {3}),
-        ("MlpPolicy", "CartPole-v1", {"batch_size": 256, "policy_kwargs": {"net_arch": [256, 256]}}, {1}),
+        ("MlpPolicy", "CartPole-v1", {"batch_size": 64, "policy_kwargs": {"net_arch": [256, 256]}}, {1}),
         ("MlpPolicy", "CartPole-v1", {"batch_size": 256, "policy_kwargs": {"net_arch": [1024, 1024]}}, {3}),
     ],
 )
@@ -249,7 +249,9 @@ def test_nature_cnn_by_hand() -> None:
     exact = 32 * 4 * 64 * 400 + 64 * 32 * 16 * 81 + 64 * 64 * 9 * 49 + 3136 * 512 + 512 * 4
     # two networks; a convolution without padding has somewhat fewer places than are counted
     assert 2 * exact < multiply_adds(model.policy, 1) < 3 * exact
-    assert multiply_adds(model.policy, 16) > SMALL
+    assert multiply_adds(model.policy, 4) > SMALL
+    usual = DQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [256, 256]}, device="cpu", buffer_size=10)
+    assert multiply_adds(usual.policy, 256) == 2 * 256 * (4 * 256 + 256 * 256 + 256 * 2) < SMALL
 
 
 def test_the_outermost_decides(default_of_three: None) -> None:

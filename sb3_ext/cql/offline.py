@@ -26,6 +26,7 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_ext.data.load import DatasetLike, load_minari, match_padding
+from sb3_ext.data.source import open_source
 from sb3_ext.data.verify import action_coverage
 from sb3_ext.normalize import begin_statistics_of
 from sb3_ext.off_policy import MetricMeans
@@ -154,6 +155,8 @@ class OfflineAlgorithm(BaseAlgorithm):
             kwargs = dict(self.dataset_kwargs)
             if self._n_updates:  # what the model has learnt from
                 kwargs.setdefault("padding_type", self.dataset_info.get("padding_type"))
+            # before the data is read
+            open_source(dataset, kwargs.get("build_env", False), continuous=spaces.Box in self.action_kinds)
             buffer = load_minari(dataset, n_steps=self.n_steps, gamma=self.gamma, device=self.device, **kwargs)
         if not isinstance(buffer.action_space, self.action_kinds):
             raise ValueError(

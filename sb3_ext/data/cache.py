@@ -16,7 +16,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from sb3_ext.data.checks import CheckedEpisode, DatasetError
+from sb3_ext.data.checks import ActionSpace, CheckedEpisode, DatasetError
 from sb3_ext.data.envs import to_channel_first
 from sb3_ext.data.source import Source
 from sb3_ext.files import atomic_folder, make_folder, remove_leftovers
@@ -36,7 +36,7 @@ class Arrays:
     """
     Everything but the frames.
 
-    :param actions: per row, ``[N]``
+    :param actions: per row, ``[N]``, or ``[N, *action_shape]`` if they are continuous
     :param rewards: per row, ``[N]``
     :param terminated: per row, ``[N]``
     :param lengths: steps per episode
@@ -108,7 +108,7 @@ class FileSink:
 def stream(
     episodes: Iterable[CheckedEpisode],
     observation_space: spaces.Box,
-    n_actions: int,
+    action_space: ActionSpace,
     sink: RamSink | FileSink,
     n_frames: int,
 ) -> Arrays:
@@ -117,7 +117,7 @@ def stream(
 
     :param episodes: at least one
     :param observation_space: of the dataset
-    :param n_actions: A
+    :param action_space: of the dataset
     :param sink: takes the frames, channel first
     :param n_frames: more than 1: the observations are stacks of so many frames, to take apart
     :return: everything but the frames
@@ -125,7 +125,7 @@ def stream(
     """
     rows: dict[str, list[NDArray[Any]]] = {"actions": [], "rewards": [], "terminated": []}
     lengths: list[int] = []
-    action_dtype = np.min_scalar_type(n_actions - 1)
+    dtype = np.min_scalar_type(action_space.n - 1) if isinstance(action_space, spaces.Discrete) else np.float32
     padding = frozenset(PADDING_TYPES)
     frames = np.empty(0)
     for episode in episodes:
@@ -140,7 +140,7 @@ def stream(
         sink.append(frames)
         last = np.zeros(len(frames), bool)
         last[-2] = episode.terminated
-        rows["actions"].append(np.append(episode.actions, 0).astype(action_dtype))
+        rows["actions"].append(np.concatenate([episode.actions, np.zeros_like(episode.actions[:1])]).astype(dtype))
         rows["rewards"].append(np.append(episode.rewards, 0).astype(np.float32))
         rows["terminated"].append(last)
         lengths.append(len(frames) - 1)
@@ -251,7 +251,7 @@ def write_cache(
     with atomic_folder(folder, good=lambda found: open_cache(found) is not None) as partial:
         with (partial / (_ZSTD if compressed else _RAW)).open("wb") as file:
             sink = FileSink(file, compressed)
-            arrays = stream(episodes, source.observation_space, source.n_actions, sink, n_frames)
+            arrays = stream(episodes, source.observation_space, source.action_space, sink, n_frames)
             offsets = sink.finish()
         named = {name: getattr(arrays, name) for name in _NAMED}
         np.savez(partial / "arrays.npz", offsets=offsets, **named)

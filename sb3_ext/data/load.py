@@ -101,7 +101,7 @@ def _read(
         try:
             if storage == "ram":
                 sink = RamSink(n_rows)
-                arrays = stream(episodes, source.observation_space, source.n_actions, sink, n)
+                arrays = stream(episodes, source.observation_space, source.action_space, sink, n)
                 return sink.finish(), arrays
             write_cache(source, episodes, folder / key, n_rows, n, compressed)
             break
@@ -130,9 +130,10 @@ def load_minari(
     seed: int | None = None,
 ) -> OfflineReplayBuffer:
     """
-    Load a Minari dataset with discrete actions as a replay buffer.
+    Load a Minari dataset as a replay buffer.
 
-    Every frame is stored once. The data is checked completely before anything is returned. Nothing the dataset names is
+    Every frame is stored once. Continuous actions are those of the environment, not scaled to [-1, 1] as SB3's
+    algorithms store them. The data is checked completely before anything is returned. Nothing the dataset names is
     executed: its environment is not built.
 
     :param dataset: a ``MinariDataset`` (its episode filter is respected), an id (local, else downloaded) or a path
@@ -170,7 +171,7 @@ def load_minari(
         raise ValueError(f"frame_stack must be at least 1, got {frame_stack}.")
     if padding_type is not None:
         check_padding_type(padding_type)
-    source = open_source(dataset, build_env)
+    source = open_source(dataset, build_env, continuous=True)
     source.warn_if_lossy()
     n_frames = ready_made_frames(source.observation_space, frame_stack)
     frames, arrays = _read(source, storage, cache_folder(cache_dir), subset, subset_seed, strict, n_frames)
@@ -184,7 +185,6 @@ def load_minari(
     kind: Callable[..., OfflineReplayBuffer] = OfflineReplayBuffer
     if prioritized is not False:
         kind = partial(PrioritizedOfflineReplayBuffer, prioritized={} if prioritized is True else prioritized)
-    assert isinstance(source.action_space, spaces.Discrete)
     buffer = kind(
         frames,
         arrays.actions,

@@ -60,7 +60,8 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
     Where the attribute ``clip_rewards`` is set, each reward is clipped to [-1, 1] before n of them are summed.
 
     :param frames: the frames, channel first, ``[N, C, ...]``
-    :param actions: action taken at each row, ``[N]``; ignored at the last row of an episode
+    :param actions: action taken at each row, ``[N]``, or ``[N, *action_shape]`` as the environment got it; ignored at
+        the last row of an episode
     :param rewards: reward received, ``[N]``; likewise
     :param terminated: whether that step ended the task, ``[N]``
     :param lengths: steps of each episode, ``[n_episodes]``; ``sum(lengths + 1) == N``
@@ -83,7 +84,7 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
         terminated: NDArray[np.bool_],
         lengths: NDArray[np.int64],
         observation_space: spaces.Box,
-        action_space: spaces.Discrete,
+        action_space: spaces.Discrete | spaces.Box,
         *,
         frame_stack: int = 1,
         padding_type: str = "zero",
@@ -118,6 +119,7 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
         self._age = (np.arange(n_rows) - np.repeat(starts, lengths + 1)).astype(np.int32)
         self._left = (np.repeat(lengths, lengths + 1) - self._age).astype(np.int32)
         self._rows = np.flatnonzero(self._left).astype(dtype)
+        self._action_dtype = np.int64 if isinstance(action_space, spaces.Discrete) else np.float32
         self.rng = np.random.default_rng(seed)
         self.info: dict[str, Any] = {}
 
@@ -166,7 +168,8 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
         :param batch_size: B
         :param env: VecNormalize to apply, as in SB3
         :return: observations and next observations ``[B, *obs_shape]`` in the dtype they are stored in, actions
-            ``[B, 1]``, dones and rewards ``[B, 1]``, discounts ``[B, 1]`` (None if ``n_steps == 1``)
+            ``[B, 1]`` or ``[B, action_dim]``, dones and rewards ``[B, 1]``, discounts ``[B, 1]`` (None if
+            ``n_steps == 1``)
         """
         return self._get_samples(self.rng.integers(0, self.buffer_size, size=batch_size), env)
 
@@ -186,7 +189,7 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
             (
                 self._normalized(observations, env),
                 self._normalized(next_observations, env),
-                self.actions[rows].astype(np.int64).reshape(-1, 1),
+                self.actions[rows].astype(self._action_dtype).reshape(len(rows), -1),
                 self.terminated[last].astype(np.float32).reshape(-1, 1),
                 rewards.reshape(-1, 1),
                 None if discounts is None else discounts.reshape(-1, 1),

@@ -16,7 +16,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from torch.nn import functional as F
 
-from sb3_ext import BC, CQL
+from sb3_ext import BC, CQL, record
 from tests.helpers import filled_buffer
 
 SPACES: dict[str, spaces.Space[Any]] = {
@@ -138,3 +138,19 @@ def test_what_cloning_has_no_use_for(cartpole: minari.MinariDataset) -> None:
         BC("MlpPolicy", cartpole, ent_coef=-1)
     with pytest.raises(ValueError, match="Use 'MultiInputPolicy'"):
         BC("MlpPolicy", filled_buffer(SPACES["dict"], ACTIONS["discrete"]))
+
+
+@pytest.mark.parametrize("storage", ["ram", "mmap"])
+def test_continuous_actions_of_a_minari_dataset(storage: str) -> None:
+    env = gym.make("Pendulum-v1")
+    dataset = record(lambda o: np.array([2 * np.tanh(o[2])], np.float32), env, "pendulum/rule-v0", n_episodes=2)
+    model = BC(
+        "MlpPolicy", dataset, seed=0, device="cpu", learning_rate=1e-3, dataset_kwargs={"storage": storage}
+    ).learn(800)
+    batch = model.replay_buffer.sample(200)
+    rule = 2 * np.tanh(batch.observations[:, 2].numpy())
+    np.testing.assert_allclose(batch.actions[:, 0].numpy(), rule, rtol=1e-5)  # as the environment got them
+    found = model.predict(batch.observations.numpy(), deterministic=True)[0][:, 0]
+    assert np.abs(found - rule).mean() < 0.15
+    with pytest.raises(ValueError, match="Discrete actions are supported"):
+        CQL("MlpPolicy", dataset)

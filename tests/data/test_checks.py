@@ -57,7 +57,7 @@ def refused(dataset: Any, tmp_path: Path, match: str, **kwargs: Any) -> None:
 @pytest.mark.parametrize(
     ("observation_space", "action_space", "match"),
     [
-        (SPACE, spaces.Box(-1, 1, (1,), np.float32), "action_space is Box.*Discretise"),
+        (SPACE, spaces.MultiDiscrete([2, 2]), "action_space is MultiDiscrete.*Discrete actions are supported"),
         (SPACE, spaces.MultiDiscrete([3, 2]), "action_space is MultiDiscrete"),
         (
             SPACE,

@@ -1,5 +1,6 @@
 """What holds for the package as a whole: imports, signatures, examples, documentation."""
 
+import importlib
 import inspect
 import re
 import subprocess
@@ -13,6 +14,15 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 import sb3_ext
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def depth(cls: type) -> int:
+    return len([base for base in cls.__mro__ if base.__name__ not in ("ABC", "object")])
+
+
+@pytest.mark.parametrize("point", entry_points(group="sb3_ext.algos"), ids=lambda p: p.name)
+def test_algorithms_are_at_most_six_classes_deep(point: EntryPoint) -> None:
+    assert depth(point.load()) <= 6
 
 
 def parameters(cls: type) -> list[str]:
@@ -93,3 +103,26 @@ def test_code_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             compile(block, page, "exec")
             continue
         exec(compile(block, page, "exec"), {"__name__": "__main__"})
+
+
+def references() -> set[tuple[str, str]]:
+    """What docstrings and comments of the package refer to by its full name, and where."""
+    found = set()
+    for path in sorted((ROOT / "sb3_ext").rglob("*.py")):
+        for name in re.findall(r":(?:class|meth|func|data|mod|attr):`~?(sb3_ext[\w.]+)`", path.read_text()):
+            found.add((name, path.relative_to(ROOT).as_posix()))
+    return found
+
+
+@pytest.mark.parametrize(("name", "place"), sorted(references()))
+def test_references_in_docstrings_lead_somewhere(name: str, place: str) -> None:
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            thing = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            thing = getattr(thing, part)
+        return
+    raise AssertionError(f"{place} refers to {name}")

@@ -216,45 +216,26 @@ def check_observations(observations: NDArray[Any], space: spaces.Box, where: str
     return converted
 
 
-def _check_whole(actions: NDArray[Any], action_space: spaces.Discrete, where: str) -> NDArray[np.int64]:
-    if actions.dtype.kind not in "iub":
-        broken = ~(np.isfinite(actions) & (actions == np.round(actions)))
-        _refuse(broken, where, lambda step: f"action {actions[step]} is no whole number. {_DROP}")
-    whole = actions.astype(np.int64)
-    outside = (whole < 0) | (whole >= action_space.n)
-    _refuse(outside, where, lambda step: f"action {whole[step]} is outside Discrete({action_space.n}). {_DROP}")
-    return whole
-
-
-def _check_continuous(actions: NDArray[Any], action_space: spaces.Box, where: str) -> NDArray[Any]:
-    if actions.shape[1:] != action_space.shape:
-        raise DatasetError(
-            f"{where}: actions have shape {actions.shape[1:]}, the dataset's action_space says {action_space.shape}."
-        )
-    slack = 1e-5 * np.maximum(np.abs(np.stack([action_space.low, action_space.high])), 1)  # a float32's rounding
-    outside = ~((actions >= action_space.low - slack[0]) & (actions <= action_space.high + slack[1]))  # NaN too
-    _refuse(outside, where, lambda step: f"action {actions[step]} is outside {action_space}. {_DROP}")
-    return actions.astype(action_space.dtype)
-
-
 def check_actions(actions: NDArray[Any], action_space: ActionSpace, where: str) -> NDArray[Any]:
     """Check one episode's actions, ``[T]`` or ``[T, ...]``, and convert them to int64 or the space's type."""
     if isinstance(action_space, spaces.Box):
-        return _check_continuous(actions, action_space, where)
-    return _check_whole(actions.reshape(-1), action_space, where)
-
-
-def _check_flags(terminations: NDArray[np.bool_], truncations: NDArray[np.bool_], where: str, strict: bool) -> bool:
-    unclear = (
-        "marked both terminated and truncated, so it is unclear whether to bootstrap. Pass strict=False to let "
-        "termination win."
-    )
-    early = (
-        f"the episode ends here, but {len(terminations)} steps are stored. Store what follows as an episode of its own."
-    )
-    _refuse(terminations & truncations & strict, where, lambda step: unclear)
-    _refuse((terminations | truncations)[:-1], where, lambda step: early)
-    return bool(terminations[-1])
+        if actions.shape[1:] != action_space.shape:
+            raise DatasetError(
+                f"{where}: actions have shape {actions.shape[1:]}, the dataset's action_space says "
+                f"{action_space.shape}."
+            )
+        slack = 1e-5 * np.maximum(np.abs(np.stack([action_space.low, action_space.high])), 1)  # a float32's rounding
+        outside = ~((actions >= action_space.low - slack[0]) & (actions <= action_space.high + slack[1]))  # NaN too
+        _refuse(outside, where, lambda step: f"action {actions[step]} is outside {action_space}. {_DROP}")
+        return actions.astype(action_space.dtype)
+    flat = actions.reshape(-1)
+    if flat.dtype.kind not in "iub":
+        broken = ~(np.isfinite(flat) & (flat == np.round(flat)))
+        _refuse(broken, where, lambda step: f"action {flat[step]} is no whole number. {_DROP}")
+    whole = flat.astype(np.int64)
+    outside = (whole < 0) | (whole >= action_space.n)
+    _refuse(outside, where, lambda step: f"action {whole[step]} is outside Discrete({action_space.n}). {_DROP}")
+    return whole
 
 
 def check_episode(
@@ -297,5 +278,11 @@ def check_episode(
     _refuse(~(np.abs(rewards) <= _LARGEST), where, lambda step: f"the reward is {rewards[step]}. {_DROP}")
     observations = check_observations(observations, observation_space, where)
     actions = check_actions(actions, action_space, where)
-    terminated = _check_flags(terminations, truncations, where, strict)
-    return CheckedEpisode(observations, actions, rewards, terminated)
+    unclear = (
+        "marked both terminated and truncated, so it is unclear whether to bootstrap. Pass strict=False to let "
+        "termination win."
+    )
+    early = f"the episode ends here, but {steps} steps are stored. Store what follows as an episode of its own."
+    _refuse(terminations & truncations & strict, where, lambda step: unclear)
+    _refuse((terminations | truncations)[:-1], where, lambda step: early)
+    return CheckedEpisode(observations, actions, rewards, bool(terminations[-1]))

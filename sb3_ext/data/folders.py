@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,12 +22,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def _remove_empty(folder: Path) -> None:
     """Remove a folder, and those above it in Minari's root, as far as they are empty."""
     root = Path(get_dataset_path())
-    while folder != root and root in folder.parents:
-        try:
+    with suppress(OSError):  # one is not empty
+        while root in folder.parents:
             folder.rmdir()
-        except OSError:
-            return
-        folder = folder.parent
+            folder = folder.parent
 
 
 @contextmanager

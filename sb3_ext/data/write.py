@@ -213,13 +213,12 @@ def write_dataset(
     """
     namespace, final = check_new_id(dataset_id, overwrite)
     spec = plain_spec(env)
-    observation_space = env.observation_space
     if data_format is None:
-        data_format = "parquet" if is_frame_space(observation_space) else "hdf5"
+        data_format = "parquet" if is_frame_space(env.observation_space) else "hdf5"
     with dataset_folder(final) as partial:
         storage = MinariStorage.new(
             partial / "data",
-            observation_space=observation_space,
+            observation_space=env.observation_space,
             action_space=env.action_space,
             env_spec=spec,
             data_format=data_format,
@@ -242,7 +241,6 @@ def write_dataset(
             [{f"rewards_{k}": getattr(np, k)(r).item() for k in ("sum", "mean", "std", "min", "max")} for r in rewards],
             range(len(rewards)),
         )
-        returns = return_statistics([float(r.sum()) for r in rewards])
         facts = {
             "dataset_id": dataset_id,
             "minari_version": minari.__version__,
@@ -253,7 +251,7 @@ def write_dataset(
             "description": description,
             "requirements": requirements(env),
             "eval_env_spec": spec.to_json(),
-            "behaviour_return": returns,
+            "behaviour_return": return_statistics([float(r.sum()) for r in rewards]),
             "python_version": platform.python_version(),
             **(metadata or {}),
         }

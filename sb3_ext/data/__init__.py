@@ -52,14 +52,11 @@ __all__ = [
 ]
 
 
-_LATER = {"load_minari": "load", "make_eval_env": "load"}
-
-
 def __getattr__(name: str) -> Any:
     """Import what builds on PyTorch when it is asked for."""
-    if name not in _LATER:
+    if name not in ("load_minari", "make_eval_env"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    value = globals()[name] = getattr(import_module("sb3_ext.data.load"), name)
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -31,10 +32,8 @@ class CheckedEpisode:
     """
     An episode of T steps that passed all checks.
 
-    :param observations: ``[T + 1, *observation_shape]``
-    :param actions: ``[T]``, or ``[T, *action_shape]`` if they are continuous
-    :param rewards: ``[T]``
-    :param terminated: whether the last step ended the task; otherwise the episode was cut
+    Observations are ``[T + 1, *observation_shape]``, actions ``[T]`` or ``[T, *action_shape]``, rewards ``[T]``. Unless
+    the last step ``terminated`` the task, the episode was cut.
     """
 
     observations: NDArray[Any]
@@ -43,32 +42,16 @@ class CheckedEpisode:
     terminated: bool
 
 
-def same_actions(theirs: spaces.Space[Any], ours: spaces.Space[Any]) -> bool:
-    """
-    Tell whether two action spaces mean the same; bounds may differ by rounding.
-
-    :param theirs: the dataset's
-    :param ours: the environment's
-    :return: whether they do
-    """
-    if isinstance(theirs, spaces.Discrete) and isinstance(ours, spaces.Discrete):
-        return bool(theirs.n == ours.n)
-    if isinstance(theirs, spaces.Box) and isinstance(ours, spaces.Box):
-        same = theirs.shape == ours.shape
-        return same and np.allclose(theirs.low, ours.low) and np.allclose(theirs.high, ours.high)
-    return False
-
-
 def check_same_actions(name: str, recorded: spaces.Space[Any], agent: spaces.Space[Any]) -> None:
-    """
-    Refuse a dataset whose actions are not the agent's.
-
-    :param name: of the dataset, for the message
-    :param recorded: its action space
-    :param agent: the agent's
-    :raises DatasetError: if they differ
-    """
-    if not same_actions(recorded, agent):
+    """Refuse a dataset whose actions are not the agent's; bounds may differ by rounding."""
+    if isinstance(recorded, spaces.Discrete) and isinstance(agent, spaces.Discrete):
+        same = bool(recorded.n == agent.n)
+    elif isinstance(recorded, spaces.Box) and isinstance(agent, spaces.Box):
+        same = recorded.shape == agent.shape
+        same = same and np.allclose(recorded.low, agent.low) and np.allclose(recorded.high, agent.high)
+    else:
+        same = False
+    if not same:
         raise DatasetError(
             f"{name} is of another environment: its actions are {recorded}, those of the environment to train in "
             f"{agent}."
@@ -77,12 +60,8 @@ def check_same_actions(name: str, recorded: spaces.Space[Any], agent: spaces.Spa
 
 def frames_per_observation(name: str, recorded: spaces.Space[Any], agent: spaces.Space[Any]) -> int:
     """
-    Count the recorded observations that an agent sees at once.
+    Count the recorded observations that an agent sees at once, which may be stacks along its first axis.
 
-    :param name: of the dataset, for the message
-    :param recorded: space of one recorded observation
-    :param agent: space of the agent's, which may stack frames along its first axis
-    :return: 1, or the frames of a stack
     :raises DatasetError: if the agent's observations cannot be made of recorded ones
     """
     assert recorded.shape is not None
@@ -103,11 +82,9 @@ def frames_per_observation(name: str, recorded: spaces.Space[Any], agent: spaces
 
 def ready_made_frames(space: spaces.Space[Any], frame_stack: int | None = None) -> int:
     """
-    Count the frames per recorded observation if those may be ready-made stacks.
+    Frames per recorded observation if those may be ready-made stacks, else 1.
 
-    :param space: of one recorded observation
-    :param frame_stack: frames per stack, if the user says; else each channel is one, unless there are 3
-    :return: the frames; 1 if the observations cannot be such stacks
+    Unless the user gives a ``frame_stack``, each channel is a frame, unless there are 3.
     """
     assert space.shape is not None
     channels = int(to_channel_first(np.empty(space.shape, np.uint8), space).shape[0]) if is_frame_space(space) else 1
@@ -141,10 +118,8 @@ def choose_padding(name: str, shown: frozenset[str], n_frames: int) -> str:
     """
     Choose what stands before the first of recorded single frames, so that their stacks are the environment's.
 
-    :param name: of the dataset, for the warning
-    :param shown: what :func:`~sb3_ext.data.envs.padding_shown_by` found
-    :param n_frames: frames per stack
-    :return: the padding type; ``"zero"`` if nothing speaks against it, and with a warning if the environment shows none
+    Given what :func:`~sb3_ext.data.envs.padding_shown_by` found, it is ``"zero"`` if nothing speaks against it, with a
+    warning if the environment shows no padding type.
     """
     if not shown:
         _other_padding(name, name, "zero", shown, n_frames, "")
@@ -153,14 +128,10 @@ def choose_padding(name: str, shown: frozenset[str], n_frames: int) -> str:
 
 def check_padding(name: str, padding_type: str, venv: VecEnv, n_frames: int, recorded: bool = False) -> None:
     """
-    Refuse frame stacks that begin an episode otherwise than the environment's.
+    Refuse frame stacks that begin an episode otherwise than the environment's, which is reset if ``n_frames`` > 1.
 
-    :param name: of the dataset, for the message
-    :param padding_type: of its stacks
-    :param venv: the environment, which is reset; see :func:`~sb3_ext.data.envs.padding_shown_by`
-    :param n_frames: frames per stack; 1 needs no reset
-    :param recorded: whether the stacks were recorded as such, so that only the environment can change
-    :raises DatasetError: if they differ. An environment that shows no padding type only gets a warning
+    An environment that shows no padding type only gets a warning. If the stacks were ``recorded`` as such, only the
+    environment can change.
     """
     shown = padding_shown_by(venv, n_frames)
     if padding_type in shown:
@@ -177,14 +148,10 @@ def check_recorded_padding(
     name: str, number: int, observations: NDArray[Any], n_frames: int, shown: frozenset[str]
 ) -> None:
     """
-    Refuse recorded frame stacks of one episode that begin otherwise than the environment's.
+    Refuse recorded frame stacks of one episode that begin otherwise than what the environment has ``shown``.
 
-    :param name: of the dataset, for the message
-    :param number: of the episode
-    :param observations: of the whole episode, channel first, ``[T + 1, k * C, ...]``; left alone if they are no stacks
-    :param n_frames: frames per stack, k
-    :param shown: what :func:`~sb3_ext.data.envs.padding_shown_by` found
-    :raises DatasetError: if they differ. An environment that shows no padding type only gets a warning
+    ``observations`` are the whole episode's, channel first, ``[T + 1, k * C, ...]``, and left alone if they are no
+    stacks of ``n_frames`` k. An environment that shows no padding type only gets a warning.
     """
     parts = split_stacks(observations, n_frames)
     if parts is not None and not parts[1] & shown:
@@ -198,12 +165,7 @@ def check_spaces(
     """
     Accept ``Box`` observations with at least one dimension and ``Discrete`` actions that start at 0.
 
-    :param observation_space: of the dataset
-    :param action_space: of the dataset
-    :param name: of the dataset, for the message
-    :param continuous: accept ``Box`` actions as well
-    :return: the spaces
-    :raises DatasetError: otherwise
+    ``continuous`` accepts ``Box`` actions as well.
     """
     if not isinstance(observation_space, spaces.Box) or not observation_space.shape:
         raise DatasetError(
@@ -225,21 +187,15 @@ def check_spaces(
     return observation_space, action_space
 
 
-def _first(mask: NDArray[np.bool_]) -> int:
-    """Step of the first True."""
-    return int(np.flatnonzero(mask.reshape(len(mask), -1).any(axis=1))[0])
+def _refuse(bad: NDArray[np.bool_], where: str, why: Callable[[int], str]) -> None:
+    """Name the first bad step, if there is one, and say what is wrong with it."""
+    if bad.any():
+        step = int(np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))[0])
+        raise DatasetError(f"{where}, step {step}: {why(step)}")
 
 
 def check_observations(observations: NDArray[Any], space: spaces.Box, where: str) -> NDArray[Any]:
-    """
-    Check and convert the observations of one episode.
-
-    :param observations: ``[T + 1, *observation_shape]``
-    :param space: of the dataset
-    :param where: dataset and episode, for the message
-    :return: the observations in the space's type
-    :raises DatasetError: naming the step
-    """
+    """Check one episode's observations, ``[T + 1, ...]``, and convert them to the type of the dataset's space."""
     if observations.shape[1:] != space.shape:
         raise DatasetError(
             f"{where}: observations have shape {observations.shape[1:]}, the dataset's observation_space says "
@@ -247,82 +203,39 @@ def check_observations(observations: NDArray[Any], space: spaces.Box, where: str
         )
     if observations.dtype.kind == "f":
         bad = ~(np.abs(observations) <= _LARGEST)
-        if bad.any():
-            raise DatasetError(
-                f"{where}, step {_first(bad)}: the observation has NaN, infinite or too large values. {_DROP}"
-            )
+        _refuse(bad, where, lambda step: f"the observation has NaN, infinite or too large values. {_DROP}")
     if observations.dtype == space.dtype:
         return observations
     converted = observations.astype(space.dtype)
-    if converted.dtype.kind != "f" and not np.array_equal(converted, observations):
-        step = _first(converted != observations)
-        raise DatasetError(
-            f"{where}, step {step}: observations are stored as {observations.dtype} and do not fit the "
-            f"observation_space's {space.dtype}. Record the dataset again."
+    if converted.dtype.kind != "f":
+        why = (
+            f"observations are stored as {observations.dtype} and do not fit the observation_space's {space.dtype}. "
+            "Record the dataset again."
         )
+        _refuse(converted != observations, where, lambda step: why)
     return converted
 
 
-def _check_rewards(rewards: NDArray[Any], where: str) -> None:
-    bad = ~(np.abs(rewards) <= _LARGEST)
-    if bad.any():
-        raise DatasetError(f"{where}, step {_first(bad)}: the reward is {rewards[_first(bad)]}. {_DROP}")
-
-
-def _check_whole(actions: NDArray[Any], action_space: spaces.Discrete, where: str) -> NDArray[np.int64]:
-    if actions.dtype.kind not in "iub" and not (np.isfinite(actions) & (actions == np.round(actions))).all():
-        step = _first(~(np.isfinite(actions) & (actions == np.round(actions))))
-        raise DatasetError(f"{where}, step {step}: action {actions[step]} is no whole number. {_DROP}")
-    whole = actions.astype(np.int64)
-    outside = (whole < 0) | (whole >= action_space.n)
-    if outside.any():
-        step = _first(outside)
-        raise DatasetError(f"{where}, step {step}: action {whole[step]} is outside Discrete({action_space.n}). {_DROP}")
-    return whole
-
-
-def _check_continuous(actions: NDArray[Any], action_space: spaces.Box, where: str) -> NDArray[Any]:
-    if actions.shape[1:] != action_space.shape:
-        raise DatasetError(
-            f"{where}: actions have shape {actions.shape[1:]}, the dataset's action_space says {action_space.shape}."
-        )
-    slack = 1e-5 * np.maximum(np.abs(np.stack([action_space.low, action_space.high])), 1)  # a float32's rounding
-    outside = ~((actions >= action_space.low - slack[0]) & (actions <= action_space.high + slack[1]))  # NaN too
-    if outside.any():
-        step = _first(outside)
-        raise DatasetError(f"{where}, step {step}: action {actions[step]} is outside {action_space}. {_DROP}")
-    return actions.astype(action_space.dtype)
-
-
 def check_actions(actions: NDArray[Any], action_space: ActionSpace, where: str) -> NDArray[Any]:
-    """
-    Check and convert the actions of one episode.
-
-    :param actions: ``[T]``, or ``[T, *action_shape]``
-    :param action_space: of the dataset
-    :param where: dataset and episode, for the message
-    :return: the actions, int64 or the space's type
-    :raises DatasetError: naming the step
-    """
+    """Check one episode's actions, ``[T]`` or ``[T, ...]``, and convert them to int64 or the space's type."""
     if isinstance(action_space, spaces.Box):
-        return _check_continuous(actions, action_space, where)
-    return _check_whole(actions.reshape(-1), action_space, where)
-
-
-def _check_flags(terminations: NDArray[np.bool_], truncations: NDArray[np.bool_], where: str, strict: bool) -> bool:
-    both = terminations & truncations
-    if strict and both.any():
-        raise DatasetError(
-            f"{where}, step {_first(both)}: marked both terminated and truncated, so it is unclear whether to "
-            "bootstrap. Pass strict=False to let termination win."
-        )
-    early = (terminations | truncations)[:-1]
-    if early.any():
-        raise DatasetError(
-            f"{where}, step {_first(early)}: the episode ends here, but {len(terminations)} steps are stored. Store "
-            "what follows as an episode of its own."
-        )
-    return bool(terminations[-1])
+        if actions.shape[1:] != action_space.shape:
+            raise DatasetError(
+                f"{where}: actions have shape {actions.shape[1:]}, the dataset's action_space says "
+                f"{action_space.shape}."
+            )
+        slack = 1e-5 * np.maximum(np.abs(np.stack([action_space.low, action_space.high])), 1)  # a float32's rounding
+        outside = ~((actions >= action_space.low - slack[0]) & (actions <= action_space.high + slack[1]))  # NaN too
+        _refuse(outside, where, lambda step: f"action {actions[step]} is outside {action_space}. {_DROP}")
+        return actions.astype(action_space.dtype)
+    flat = actions.reshape(-1)
+    if flat.dtype.kind not in "iub":
+        broken = ~(np.isfinite(flat) & (flat == np.round(flat)))
+        _refuse(broken, where, lambda step: f"action {flat[step]} is no whole number. {_DROP}")
+    whole = flat.astype(np.int64)
+    outside = (whole < 0) | (whole >= action_space.n)
+    _refuse(outside, where, lambda step: f"action {whole[step]} is outside Discrete({action_space.n}). {_DROP}")
+    return whole
 
 
 def check_episode(
@@ -334,16 +247,9 @@ def check_episode(
     strict: bool = True,
 ) -> CheckedEpisode:
     """
-    Check one episode as Minari's storages give it.
+    Check one episode as Minari's storages give it; errors name its number ``index`` and the step.
 
-    :param episode: observations, actions, rewards, terminations, truncations
-    :param index: its number, for the message
-    :param name: of the dataset, for the message
-    :param observation_space: of the dataset
-    :param action_space: of the dataset
-    :param strict: False accepts one-step episodes, and termination wins over truncation
-    :return: the episode
-    :raises DatasetError: naming episode and step
+    Unless ``strict``, one-step episodes are accepted, and termination wins over truncation.
     """
     where = f"{name}, episode {index}"
     rewards = np.asarray(episode["rewards"]).reshape(-1)
@@ -369,8 +275,14 @@ def check_episode(
             raise DatasetError(
                 f"{where}: {found} {field} for {steps} rewards, expected {wanted}. The episode was not stored whole."
             )
-    _check_rewards(rewards, where)
+    _refuse(~(np.abs(rewards) <= _LARGEST), where, lambda step: f"the reward is {rewards[step]}. {_DROP}")
     observations = check_observations(observations, observation_space, where)
     actions = check_actions(actions, action_space, where)
-    terminated = _check_flags(terminations, truncations, where, strict)
-    return CheckedEpisode(observations, actions, rewards, terminated)
+    unclear = (
+        "marked both terminated and truncated, so it is unclear whether to bootstrap. Pass strict=False to let "
+        "termination win."
+    )
+    early = f"the episode ends here, but {steps} steps are stored. Store what follows as an episode of its own."
+    _refuse(terminations & truncations & strict, where, lambda step: unclear)
+    _refuse((terminations | truncations)[:-1], where, lambda step: early)
+    return CheckedEpisode(observations, actions, rewards, bool(terminations[-1]))

@@ -19,31 +19,14 @@ ATARI_MAX_STEPS = 27_000
 
 
 def is_frame_space(space: spaces.Space[Any]) -> bool:
-    """
-    Tell whether observations of this space are pictures.
-
-    :param space: any space
-    :return: True for uint8 boxes from 0 to 255 of two (height, width) or three dimensions
-    """
-    if not isinstance(space, spaces.Box):
+    """Tell pictures: uint8 boxes from 0 to 255 of two (height, width) or three dimensions."""
+    if not isinstance(space, spaces.Box) or len(space.shape) not in (2, 3) or space.dtype != np.uint8:
         return False
-    if len(space.shape) == 2:
-        return space.dtype == np.uint8 and bool((space.low == 0).all()) and bool((space.high == 255).all())
-    if len(space.shape) != 3:
-        return False
-    from stable_baselines3.common.preprocessing import is_image_space  # here, because it brings PyTorch
-
-    return is_image_space(space)
+    return bool((space.low == 0).all()) and bool((space.high == 255).all())
 
 
 def to_channel_first(observations: NDArray[Any], space: spaces.Space[Any]) -> NDArray[Any]:
-    """
-    Bring frames to the layout the agent uses.
-
-    :param observations: ``[..., *space.shape]``
-    :param space: the space they come from
-    :return: ``[..., C, H, W]`` for pictures (C = 1 for ``[H, W]``), else unchanged
-    """
+    """Bring pictures ``[..., *space.shape]`` to ``[..., C, H, W]`` (C = 1 for ``[H, W]``); others stay unchanged."""
     if not is_frame_space(space):
         return observations
     assert isinstance(space, spaces.Box)
@@ -56,18 +39,12 @@ def to_channel_first(observations: NDArray[Any], space: spaces.Space[Any]) -> ND
 
 def stacked_space(space: spaces.Box, frame_stack: int) -> spaces.Box:
     """
-    Space of ``frame_stack`` observations, concatenated along the first (channel) axis after :func:`to_channel_first`.
+    Space of an agent that sees ``frame_stack`` observations of ``space``.
 
-    :param space: space of a single frame
-    :param frame_stack: frames per stack
-    :return: the agent's observation space
+    They are concatenated along the first (channel) axis after :func:`to_channel_first`.
     """
     low, high = to_channel_first(space.low, space), to_channel_first(space.high, space)
-    return spaces.Box(
-        np.concatenate([low] * frame_stack),
-        np.concatenate([high] * frame_stack),
-        dtype=space.dtype.type,
-    )
+    return spaces.Box(np.concatenate([low] * frame_stack), np.concatenate([high] * frame_stack), dtype=space.dtype.type)
 
 
 class StackFrames(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
@@ -111,19 +88,17 @@ class StackFrames(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorAr
 
 def padding_shown_by(venv: VecEnv, n_frames: int) -> frozenset[str]:
     """
-    Look what an environment's frame stacks have before an episode's first frame.
+    Padding types that explain the frame stacks of ``n_frames`` with which an environment begins an episode.
 
-    The environment is reset once, so a model that is in the middle of an episode must begin a new one
-    (``model._last_obs = None``). A seeded run that follows is not changed by this: seeds and options that wait for the
-    next reset still do, random generators are put back, and no ``VecNormalize`` takes the observation into account.
+    They are both if nothing tells them apart, none if it begins with other frames.
+
+    Unless ``n_frames`` is 1, the environment is reset once, so a model that is in the middle of an episode must begin a
+    new one (``model._last_obs = None``). A seeded run that follows is not changed by this: seeds and options that wait
+    for the next reset still do, random generators are put back, and no ``VecNormalize`` takes the observation into
+    account.
 
     An environment that must not be reset twice (``Monitor(allow_early_resets=False)``) is not. Its wrappers then tell,
     and also where its first frame is black.
-
-    :param venv: the environment
-    :param n_frames: frames per observation; 1 needs no reset
-    :return: the padding types that explain what it shows: both if nothing tells them apart, none if it begins with
-        other frames
     """
     undecided = frozenset(PADDING_TYPES)
     if n_frames == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,22 +22,15 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def _remove_empty(folder: Path) -> None:
     """Remove a folder, and those above it in Minari's root, as far as they are empty."""
     root = Path(get_dataset_path())
-    while folder != root and root in folder.parents:
-        try:
+    with suppress(OSError):  # one is not empty
+        while root in folder.parents:
             folder.rmdir()
-        except OSError:
-            return
-        folder = folder.parent
+            folder = folder.parent
 
 
 @contextmanager
 def dataset_folder(final: Path) -> Iterator[Path]:
-    """
-    Fill a dataset's folder out of sight, all or nothing: on failure no empty namespace is left either.
-
-    :param final: its place
-    :return: the folder to fill, see :func:`~sb3_ext.files.atomic_folder`
-    """
+    """Fill a dataset's folder out of sight, all or nothing: on failure no empty namespace is left either."""
     try:
         with atomic_folder(final) as partial:
             yield partial
@@ -47,11 +40,7 @@ def dataset_folder(final: Path) -> Iterator[Path]:
 
 
 def ensure_namespace(namespace: str | None) -> None:
-    """
-    Make a namespace known to Minari.
-
-    :param namespace: its name; None for datasets that have none
-    """
+    """Make a namespace known to Minari; None is that of datasets that have none."""
     if namespace is not None and namespace not in list_local_namespaces():
         create_namespace(namespace)
 
@@ -59,22 +48,17 @@ def ensure_namespace(namespace: str | None) -> None:
 @contextmanager
 def lock_folder(final: Path, busy: str) -> Iterator[None]:
     """
-    Keep other processes from filling the same folder.
+    Keep other processes from filling the same folder, which need not exist.
 
-    :param final: the folder, which need not exist
-    :param busy: what to say if another process is at it
-    :raises DatasetError: in that case
+    :raises DatasetError: saying ``busy``, if another process is at it
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(final.with_name(f".{final.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(final.with_name(f".{final.name}.lock")).acquire(timeout=0)
     except Timeout as error:
         raise DatasetError(busy) from error
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def _no_space(folder: Path, needed: int, about: str) -> DatasetError:
@@ -85,26 +69,14 @@ def _no_space(folder: Path, needed: int, about: str) -> DatasetError:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """
-    Look whether something fits on the disk before it is written.
-
-    :param folder: a folder on the disk
-    :param needed: bytes needed in all
-    :raises DatasetError: if it does not fit
-    """
+    """Refuse to write so many bytes in all if they do not fit on the folder's disk."""
     if needed > shutil.disk_usage(folder).free:
         raise _no_space(folder, needed, "")
 
 
 @contextmanager
 def full_disk(folder: Path, needed: int) -> Iterator[None]:
-    """
-    Say how many bytes are needed when the disk is full.
-
-    :param folder: a folder on the disk
-    :param needed: bytes needed in all, about
-    :raises DatasetError: instead of the system's error
-    """
+    """Say about how many bytes are needed in all, instead of the system's error, when the folder's disk is full."""
     try:
         yield
     except OSError as error:

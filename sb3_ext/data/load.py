@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -23,37 +24,18 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_ext.data.cache import Arrays, NotStacks, RamSink, cache_folder, cache_key, open_cache, stream, write_cache
 from sb3_ext.data.checks import DatasetError, check_padding, choose_padding, ready_made_frames
 from sb3_ext.data.envs import StackFrames, is_frame_space, padding_shown_by, stacked_space, to_channel_first
-from sb3_ext.data.source import DatasetLike, Source, env_spec, open_source
+from sb3_ext.data.source import DatasetLike as DatasetLike
+from sb3_ext.data.source import Source, env_spec, open_source
 from sb3_ext.data.write import return_statistics
 from sb3_ext.replay.dataset import OfflineReplayBuffer, PrioritizedOfflineReplayBuffer
 from sb3_ext.replay.device import DeviceFrames
 from sb3_ext.replay.frames import PADDING_TYPES, FrameStore, check_padding_type, split_stacks
 
-__all__ = [
-    "STORAGES",
-    "DatasetLike",
-    "choose_episodes",
-    "default_frame_stack",
-    "load_minari",
-    "make_eval_env",
-    "match_padding",
-]
-
 STORAGES = ("mmap", "compressed", "ram", "device")
 
 
 def choose_episodes(lengths: NDArray[np.int64], subset: float, seed: int) -> NDArray[np.int64]:
-    """
-    Draw whole episodes from all over a log until they hold a share of its steps.
-
-    :param lengths: steps of each episode, ``[n]``
-    :param subset: share of the steps, in (0, 1]
-    :param seed: seed of the draw
-    :return: positions of the chosen episodes, in the order of the log
-    :raises ValueError: if ``subset`` is not in (0, 1]
-    """
-    if not 0 < subset <= 1:
-        raise ValueError(f"subset must be in (0, 1], got {subset}.")
+    """Sorted positions of whole episodes, drawn from all over a log until they hold the share ``subset`` of its steps."""
     if subset == 1:
         return np.arange(len(lengths))
     order = np.random.default_rng(seed).permutation(len(lengths))
@@ -62,12 +44,7 @@ def choose_episodes(lengths: NDArray[np.int64], subset: float, seed: int) -> NDA
 
 
 def default_frame_stack(space: spaces.Box) -> int:
-    """
-    Frames per observation if the user does not say.
-
-    :param space: space of the dataset's observations
-    :return: 4 for pictures with one channel, 1 for everything else
-    """
+    """Frames per observation if the user does not say: 4 for pictures with one channel, 1 for everything else."""
     return 4 if is_frame_space(space) and to_channel_first(space.low, space).shape[0] == 1 else 1
 
 
@@ -98,15 +75,13 @@ def _read(
     n_rows = int((lengths[chosen] + 1).sum())
     for n in (n_frames, 1):
         episodes = source.read(opened, source.episodes[chosen], lengths[chosen], strict)
-        try:
+        with suppress(NotStacks):
             if storage == "ram":
                 sink = RamSink(n_rows)
-                arrays = stream(episodes, source.observation_space, source.action_space, sink, n)
+                arrays = stream(source, episodes, sink.append, n)
                 return sink.finish(), arrays
             write_cache(source, episodes, folder / key, n_rows, n, compressed)
             break
-        except NotStacks:
-            continue
     cached = open_cache(folder / key)
     assert cached is not None
     return cached
@@ -217,12 +192,12 @@ def load_minari(
 
 def match_padding(buffer: OfflineReplayBuffer, venv: VecEnv, fixed: bool = False) -> None:
     """
-    Let a dataset's frame stacks begin an episode as the environment's do.
+    Let the frame stacks of a buffer made by :func:`load_minari` begin an episode as the environment's do.
 
-    :param buffer: made by :func:`load_minari`; stacks of single frames take over what the environment shows
-    :param venv: the environment, reset once if there are stacks; see :func:`~sb3_ext.data.envs.padding_shown_by`
-    :param fixed: only compare, as with recorded stacks, because the user chose the padding type or a model has learnt
-        with it
+    Stacks of single frames take over what the environment shows, which is reset once, see
+    :func:`~sb3_ext.data.envs.padding_shown_by`. Recorded stacks are only compared, and so are all if ``fixed``, because
+    the user chose the padding type or a model has learnt with it.
+
     :raises DatasetError: if it may not be changed and differs; names both and the remedy
     """
     name, recorded = buffer.info.get("dataset_id") or "the dataset", buffer.info.get("recorded_stacks", False)

@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,6 +26,20 @@ from numpy.typing import NDArray
 from sb3_ext.data.checks import ActionSpace, CheckedEpisode, DatasetError, check_episode, check_spaces
 
 DatasetLike: TypeAlias = minari.MinariDataset | str | os.PathLike[str]
+_AGAIN = "Delete the dataset and get it again."
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _reading(what: str, which_means: str = "") -> Iterator[None]:
+    """Say what cannot be read, why, and what to do about it, instead of the reader's own error."""
+    try:
+        yield
+    except Exception as error:
+        raise DatasetError(f"{what} ({_reason(error)}){which_means}. {_AGAIN}") from error
 
 
 @dataclass(frozen=True)
@@ -32,14 +47,13 @@ class Source:
     """
     Where the data lies, which of its episodes are meant, and what its metadata says.
 
-    :param path: folder of the data and of ``metadata.json``
-    :param metadata: raw metadata
-    :param episodes: numbers of the episodes that are meant, in order
-    :param observation_space: of the dataset
-    :param action_space: of the dataset
+    ``path`` is the folder of the data and of ``metadata.json``, ``name`` the dataset's id. ``episodes`` are numbers, in
+    order. Whatever reads raises a :class:`~sb3_ext.data.checks.DatasetError` that names the first bad episode and step;
+    ``strict`` is explained at :func:`~sb3_ext.data.checks.check_episode`.
     """
 
     path: Path
+    name: str
     metadata: dict[str, Any]
     episodes: NDArray[np.int64]
     observation_space: spaces.Box
@@ -51,78 +65,35 @@ class Source:
         assert isinstance(self.action_space, spaces.Discrete)
         return int(self.action_space.n)
 
-    @property
-    def name(self) -> str:
-        """The dataset's id."""
-        return _name(self.metadata, self.path)
-
     def open(self) -> MinariStorage:
-        """
-        Open the data.
-
-        :return: Minari's storage
-        :raises DatasetError: if that fails
-        """
-        try:
+        """Open the data."""
+        with _reading(f"{self.name}: the data cannot be opened"):
             return MinariStorage.read(self.path)
-        except Exception as error:
-            raise DatasetError(f"{self.name}: the data cannot be opened ({_reason(error)}). {_AGAIN}") from error
 
     def episode_lengths(self, storage: MinariStorage) -> NDArray[np.int64]:
-        """
-        Read how many steps each episode has, from the episodes' metadata.
-
-        :param storage: the opened data
-        :return: steps, ``[n_episodes]``
-        :raises DatasetError: if an episode's metadata is missing
-        """
-        lengths = []
-        found = iter(storage.get_episode_metadata(self.episodes.tolist()))
-        for number in self.episodes.tolist():
-            try:
+        """Read how many steps each episode has, ``[n_episodes]``, from the episodes' metadata."""
+        numbers, lengths = self.episodes.tolist(), []
+        found = iter(storage.get_episode_metadata(numbers))
+        for number in numbers:
+            with _reading(f"{self.name}, episode {number}: its metadata cannot be read"):
                 lengths.append(int(next(found)["total_steps"]))
-            except Exception as error:
-                raise DatasetError(
-                    f"{self.name}, episode {number}: its metadata cannot be read ({_reason(error)}). {_AGAIN}"
-                ) from error
         return np.array(lengths, np.int64)
 
     def raw(self, storage: MinariStorage, episodes: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
-        """
-        Read episodes one after the other as they are stored, unchecked.
-
-        :param storage: the opened data
-        :param episodes: their numbers
-        :return: the episodes
-        :raises DatasetError: naming the first that cannot be read
-        """
+        """Read episodes, given by number, one after the other as they are stored, unchecked."""
         if storage.FORMAT == "hdf5":
             found = iter(storage.get_episodes(episodes.tolist()))
         else:
             found = (_read_arrow(storage, number) for number in episodes.tolist())
         for number in episodes.tolist():
-            try:
+            with _reading(f"{self.name}, episode {number} cannot be read", ": the file is damaged or cut short"):
                 episode = next(found)
-            except Exception as error:
-                raise DatasetError(
-                    f"{self.name}, episode {number} cannot be read ({_reason(error)}): the file is damaged or cut "
-                    f"short. {_AGAIN}"
-                ) from error
             yield episode
 
     def read(
         self, storage: MinariStorage, episodes: NDArray[np.int64], lengths: NDArray[np.int64], strict: bool
     ) -> Iterator[CheckedEpisode]:
-        """
-        Read and check episodes one after the other.
-
-        :param storage: the opened data
-        :param episodes: their numbers
-        :param lengths: steps each must have
-        :param strict: see :func:`~sb3_ext.data.checks.check_episode`
-        :return: the episodes
-        :raises DatasetError: naming episode and step, at the first that is damaged or invalid
-        """
+        """Read and check episodes, given by number and by the steps each must have, one after the other."""
         raw = self.raw(storage, episodes)
         for episode, number, steps in zip(raw, episodes.tolist(), lengths.tolist(), strict=True):
             yield self.check(episode, number, steps, strict)
@@ -132,16 +103,7 @@ class Source:
             pyarrow.default_memory_pool().release_unused()  # or it keeps about 100 MB for the process's life
 
     def check(self, episode: dict[str, Any], number: int, steps: int, strict: bool) -> CheckedEpisode:
-        """
-        Check an episode.
-
-        :param episode: as it is stored
-        :param number: its number
-        :param steps: how many it must have
-        :param strict: see :func:`~sb3_ext.data.checks.check_episode`
-        :return: the episode
-        :raises DatasetError: naming episode and step
-        """
+        """Check an episode as it is stored, which must have so many steps."""
         checked = check_episode(episode, number, self.name, self.observation_space, self.action_space, strict)
         if len(checked.rewards) != steps:
             raise DatasetError(
@@ -149,16 +111,10 @@ class Source:
             )
         return checked
 
-    def read_all(self, strict: bool = True) -> list[CheckedEpisode]:
-        """
-        Read and check every episode into RAM, for datasets as small as demonstrations are.
-
-        :param strict: see :func:`~sb3_ext.data.checks.check_episode`
-        :return: the episodes
-        :raises DatasetError: see :meth:`read`
-        """
+    def read_all(self) -> list[CheckedEpisode]:
+        """Read and check every episode into RAM, for datasets as small as demonstrations are."""
         storage = self.open()
-        return list(self.read(storage, self.episodes, self.episode_lengths(storage), strict))
+        return list(self.read(storage, self.episodes, self.episode_lengths(storage), strict=True))
 
     @property
     def lossy(self) -> str | None:
@@ -174,13 +130,6 @@ class Source:
         """Warn when the images went through JPEG."""
         if self.lossy:
             warnings.warn(self.lossy, stacklevel=3)
-
-
-_AGAIN = "Delete the dataset and get it again."
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _decode(column: Any, space: spaces.Space[Any], jpeg: bool) -> NDArray[Any]:
@@ -209,10 +158,6 @@ def _read_arrow(storage: MinariStorage, number: int) -> dict[str, Any]:
     }
 
 
-def _name(metadata: dict[str, Any], path: Path) -> str:
-    return str(metadata.get("dataset_id", path.parent.name))
-
-
 def _similar(name: str) -> tuple[int, str]:
     """Number of datasets on this machine, and a hint at those with a similar name."""
     with warnings.catch_warnings():
@@ -227,10 +172,8 @@ def _similar(name: str) -> tuple[int, str]:
 
 def find_path(dataset: str | os.PathLike[str]) -> Path:
     """
-    Find a dataset's data folder.
+    Find the folder of a dataset's ``metadata.json`` by path or id; an id that is not on this machine is downloaded.
 
-    :param dataset: path or id; an id that is not on this machine is downloaded
-    :return: the folder of ``metadata.json``
     :raises DatasetError: if there is no such dataset
     :raises TypeError: if it is an environment's id
     """
@@ -263,73 +206,60 @@ def find_path(dataset: str | os.PathLike[str]) -> Path:
     return local
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
-    try:
-        metadata = MinariStorage.read_raw_metadata(path)
-        if not isinstance(metadata, dict) or not isinstance(metadata["total_episodes"], int):
-            raise ValueError("total_episodes is missing")
-    except Exception as error:
-        raise DatasetError(f"{path}: metadata.json cannot be read ({_reason(error)}). {_AGAIN}") from error
-    return metadata
-
-
-def _read_space(metadata: dict[str, Any], field: str, path: Path, build_env: bool) -> spaces.Space[Any]:
-    name = _name(metadata, path)
+def _read_space(metadata: dict[str, Any], field: str, path: Path, name: str, build_env: bool) -> spaces.Space[Any]:
     if field not in metadata and not build_env:
         raise DatasetError(
             f"{name}: its metadata has no {field}; only its environment knows. Building that runs code the dataset "
             "names: if you trust it, pass build_env=True."
         )
-    try:
+    with _reading(f"{name}: its {field} cannot be read"):
         if field in metadata:
             space: spaces.Space[Any] = deserialize_space(metadata[field])
         else:
             space = getattr(MinariStorage.read(path), field)
-    except Exception as error:
-        raise DatasetError(f"{name}: its {field} cannot be read ({_reason(error)}). {_AGAIN}") from error
     return space
 
 
 def open_source(dataset: DatasetLike, build_env: bool = False, continuous: bool = False) -> Source:
     """
-    Find a dataset and read its metadata.
+    Find a dataset, which may be an object, an id (local, else downloaded) or a path, and read its metadata.
 
-    :param dataset: a ``MinariDataset``, an id (local, else downloaded) or a path
     :param build_env: allow building its environment if the metadata lacks its spaces
     :param continuous: accept ``Box`` actions as well
-    :return: the source
     :raises DatasetError: if it is missing, damaged or of the wrong kind
     :raises TypeError: if it is not a dataset
     """
-    if not isinstance(dataset, (minari.MinariDataset, str, os.PathLike)):
+    if isinstance(dataset, minari.MinariDataset):
+        path = Path(dataset.storage.data_path)
+    elif isinstance(dataset, (str, os.PathLike)):
+        path = find_path(dataset)
+    else:
         from stable_baselines3.common.vec_env import VecEnv  # here, because it brings PyTorch
 
         if isinstance(dataset, (gym.Env, VecEnv)):
             raise TypeError("A dataset is expected here, not an environment. Pass the environment as env=.")
         raise TypeError(f"A dataset is a minari.MinariDataset, an id or a path, not {type(dataset).__name__}.")
-    path = find_path(dataset) if isinstance(dataset, (str, os.PathLike)) else Path(dataset.storage.data_path)
-    metadata = _read_metadata(path)
+    with _reading(f"{path}: metadata.json cannot be read"):
+        metadata: dict[str, Any] = MinariStorage.read_raw_metadata(path)
+        if not isinstance(metadata, dict) or not isinstance(metadata["total_episodes"], int):
+            raise ValueError("total_episodes is missing")
+    name = str(metadata.get("dataset_id", path.parent.name))
     observation_space, action_space = check_spaces(
-        _read_space(metadata, "observation_space", path, build_env),
-        _read_space(metadata, "action_space", path, build_env),
-        _name(metadata, path),
+        _read_space(metadata, "observation_space", path, name, build_env),
+        _read_space(metadata, "action_space", path, name, build_env),
+        name,
         continuous,
     )
     episodes = np.arange(metadata["total_episodes"])
-    if not isinstance(dataset, (str, os.PathLike)):
+    if isinstance(dataset, minari.MinariDataset):
         episodes = np.asarray(dataset.episode_indices, np.int64)
     if len(episodes) == 0:
-        raise DatasetError(f"{_name(metadata, path)}: the dataset is empty.")
-    return Source(path, metadata, episodes, observation_space, action_space)
+        raise DatasetError(f"{name}: the dataset is empty.")
+    return Source(path, name, metadata, episodes, observation_space, action_space)
 
 
 def env_spec(metadata: dict[str, Any]) -> dict[str, Any] | None:
-    """
-    Read from a dataset's metadata how to build its environment for evaluation, without building it.
-
-    :param metadata: raw metadata
-    :return: the fields of the ``EnvSpec``, or None
-    """
+    """Fields of the ``EnvSpec`` of a dataset's environment for evaluation, without building it, or None."""
     text = metadata.get("eval_env_spec") or metadata.get("env_spec")
     spec: dict[str, Any] | None = json.loads(text) if text else None
     return spec

@@ -6,7 +6,6 @@ import importlib.metadata
 import platform
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,30 +80,16 @@ class Episode:
 
 
 def return_statistics(returns: Sequence[float]) -> dict[str, float]:
-    """
-    Summarise what the behaviour that made the data achieved.
-
-    :param returns: undiscounted return of each episode
-    :return: mean, std, min, median, max and the number of episodes
-    """
+    """Mean, std, min, median and max of the undiscounted returns of episodes, and their number."""
     r = np.asarray(returns, np.float64)
-    return {
-        "mean": float(r.mean()),
-        "std": float(r.std()),
-        "min": float(r.min()),
-        "median": float(np.median(r)),
-        "max": float(r.max()),
-        "episodes": len(r),
-    }
+    return {k: float(getattr(np, k)(r)) for k in ("mean", "std", "min", "median", "max")} | {"episodes": len(r)}
 
 
 def plain_spec(env: gym.Env[Any, Any]) -> EnvSpec:
     """
     Spec from which users can build an environment again, without what only observes it.
 
-    :param env: built with ``gymnasium.make``
-    :return: its spec
-    :raises ValueError: if it has none, or one that cannot be stored
+    :raises ValueError: if it was not built with ``gymnasium.make``, or has a spec that cannot be stored
     """
     spec = deepcopy(env.spec)
     if spec is None:
@@ -112,8 +97,7 @@ def plain_spec(env: gym.Env[Any, Any]) -> EnvSpec:
     spec.kwargs.pop("render_mode", None)
     if callable(spec.entry_point):
         spec.entry_point = f"{spec.entry_point.__module__}:{getattr(spec.entry_point, '__qualname__', '')}"
-    wrappers = tuple(w for w in spec.additional_wrappers if w.entry_point not in _OBSERVERS)
-    spec.additional_wrappers = wrappers
+    spec.additional_wrappers = tuple(w for w in spec.additional_wrappers if w.entry_point not in _OBSERVERS)
     try:
         spec.to_json()
     except (TypeError, ValueError) as error:
@@ -121,7 +105,7 @@ def plain_spec(env: gym.Env[Any, Any]) -> EnvSpec:
             f"The environment's spec cannot be stored as JSON ({error}). Build {spec.id} and its wrappers with "
             "arguments that are numbers, texts, lists or dictionaries."
         ) from error
-    for wrapper in wrappers:
+    for wrapper in spec.additional_wrappers:
         if wrapper.kwargs is None:
             warnings.warn(
                 f"Nobody can build this environment again from the dataset, because {wrapper.name} is no "
@@ -178,32 +162,14 @@ def check_new_dataset(
 
 
 def requirements(env: gym.Env[Any, Any]) -> list[str]:
-    """
-    Pip requirements of an environment: the distribution of each package its classes come from.
-
-    :param env: with its wrappers
-    :return: ``name==version`` of each
-    """
+    """Pip requirements, ``name==version``, of an environment: the packages its and its wrappers' classes come from."""
     owners = importlib.metadata.packages_distributions()
-    modules = {"gymnasium"}
-    layer: gym.Env[Any, Any] = env
-    while True:
+    modules, layer = {"gymnasium", type(env.unwrapped).__module__.split(".")[0]}, env
+    while isinstance(layer, gym.Wrapper):
         modules.add(type(layer).__module__.split(".")[0])
-        if not isinstance(layer, gym.Wrapper):
-            break
         layer = layer.env
     names = {name for module in modules for name in owners.get(module, [])}
     return [f"{name}=={importlib.metadata.version(name)}" for name in sorted(names)]
-
-
-@contextmanager
-def _unmeasured(storage: MinariStorage) -> Iterator[None]:
-    """Keep Minari from measuring the whole folder after each episode, which makes long logs quadratic to write."""
-    storage.get_size = lambda: 0.0
-    try:
-        yield
-    finally:
-        del storage.get_size
 
 
 def write_dataset(
@@ -247,13 +213,12 @@ def write_dataset(
     """
     namespace, final = check_new_id(dataset_id, overwrite)
     spec = plain_spec(env)
-    observation_space = env.observation_space
     if data_format is None:
-        data_format = "parquet" if is_frame_space(observation_space) else "hdf5"
+        data_format = "parquet" if is_frame_space(env.observation_space) else "hdf5"
     with dataset_folder(final) as partial:
         storage = MinariStorage.new(
             partial / "data",
-            observation_space=observation_space,
+            observation_space=env.observation_space,
             action_space=env.action_space,
             env_spec=spec,
             data_format=data_format,
@@ -266,15 +231,16 @@ def write_dataset(
                 rewards.append(episode.rewards)
                 yield episode.to_minari(number)
 
-        with _unmeasured(storage):
-            storage.update_episodes(numbered())
+        # Minari measures the whole folder after each episode, which makes long logs quadratic to write
+        storage.get_size = lambda: 0.0
+        storage.update_episodes(numbered())
+        del storage.get_size
         if not rewards:
             raise ValueError("No episode to write.")
         storage.update_episode_metadata(
             [{f"rewards_{k}": getattr(np, k)(r).item() for k in ("sum", "mean", "std", "min", "max")} for r in rewards],
             range(len(rewards)),
         )
-        returns = return_statistics([float(r.sum()) for r in rewards])
         facts = {
             "dataset_id": dataset_id,
             "minari_version": minari.__version__,
@@ -285,7 +251,7 @@ def write_dataset(
             "description": description,
             "requirements": requirements(env),
             "eval_env_spec": spec.to_json(),
-            "behaviour_return": returns,
+            "behaviour_return": return_statistics([float(r.sum()) for r in rewards]),
             "python_version": platform.python_version(),
             **(metadata or {}),
         }

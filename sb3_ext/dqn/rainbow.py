@@ -26,12 +26,7 @@ class DuelingHead(nn.Module):
     """
 
     def __init__(
-        self,
-        features_dim: int,
-        n_actions: int,
-        n_quantiles: int,
-        net_arch: list[int],
-        activation_fn: type[nn.Module],
+        self, features_dim: int, n_actions: int, n_quantiles: int, net_arch: list[int], activation_fn: type[nn.Module]
     ) -> None:
         super().__init__()
         self._shape = (-1, n_quantiles, n_actions)

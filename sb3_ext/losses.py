@@ -26,12 +26,10 @@ class _SortedQuantileHuber(th.autograd.Function):
         squares = F.pad((y * y).cumsum(1), (1, 0))
         # targets below theta - 1, in [theta - 1, theta), in [theta, theta + 1], above
         cuts = th.searchsorted(y, th.cat([theta - 1, theta], dim=1))
-        low, mid = cuts[:, :n], cuts[:, n:]
-        high = th.searchsorted(y, theta + 1, right=True)
-        at = sums.gather(1, th.cat([low, mid, high], dim=1))
-        sum_low, sum_mid, sum_high = at[:, :n], at[:, n : 2 * n], at[:, 2 * n :]
-        at = squares.gather(1, th.cat([low, mid, high], dim=1))
-        sq_low, sq_mid, sq_high = at[:, :n], at[:, n : 2 * n], at[:, 2 * n :]
+        cuts = th.cat([cuts, th.searchsorted(y, theta + 1, right=True)], dim=1)
+        low, mid, high = cuts.chunk(3, dim=1)
+        sum_low, sum_mid, sum_high = sums.gather(1, cuts).chunk(3, dim=1)
+        sq_low, sq_mid, sq_high = squares.gather(1, cuts).chunk(3, dim=1)
 
         n_low, n_mid, n_high = low.double(), (mid - low).double(), (high - mid).double()
         n_top = m - high.double()

@@ -85,11 +85,7 @@ class GraphedLoss:
     The results know their backward pass (:class:`~sb3_ext.losses.LossOutput`) and take no part in autograd.
     They and the gradients lie in memory that the next call writes to again. Parameters may change in place, as
     optimizers do; whatever else the function reads from Python, such as coefficients, is captured with it. On a CPU the
-    function runs as it is.
-
-    :param network: its parameters get the gradients, in training mode
-    :param function: tensors -> :class:`~sb3_ext.losses.LossOutput`; nothing in it may depend on values that
-        lie on the GPU
+    function runs as it is. Nothing in it may depend on values that lie on the GPU.
     """
 
     def __init__(self, network: nn.Module, function: Callable[..., LossOutput]) -> None:

@@ -26,12 +26,10 @@ class _SortedQuantileHuber(th.autograd.Function):
         squares = F.pad((y * y).cumsum(1), (1, 0))
         # targets below theta - 1, in [theta - 1, theta), in [theta, theta + 1], above
         cuts = th.searchsorted(y, th.cat([theta - 1, theta], dim=1))
-        low, mid = cuts[:, :n], cuts[:, n:]
-        high = th.searchsorted(y, theta + 1, right=True)
-        at = sums.gather(1, th.cat([low, mid, high], dim=1))
-        sum_low, sum_mid, sum_high = at[:, :n], at[:, n : 2 * n], at[:, 2 * n :]
-        at = squares.gather(1, th.cat([low, mid, high], dim=1))
-        sq_low, sq_mid, sq_high = at[:, :n], at[:, n : 2 * n], at[:, 2 * n :]
+        cuts = th.cat([cuts, th.searchsorted(y, theta + 1, right=True)], dim=1)
+        low, mid, high = cuts.chunk(3, dim=1)
+        sum_low, sum_mid, sum_high = sums.gather(1, cuts).chunk(3, dim=1)
+        sq_low, sq_mid, sq_high = squares.gather(1, cuts).chunk(3, dim=1)
 
         n_low, n_mid, n_high = low.double(), (mid - low).double(), (high - mid).double()
         n_top = m - high.double()
@@ -110,23 +108,13 @@ TRANSFORM_EPS = 1e-3
 def value_transform(x: th.Tensor, eps: float = TRANSFORM_EPS) -> th.Tensor:
     """
     Compress returns: ``h(x) = sign(x) (sqrt(|x| + 1) - 1) + eps x`` (Pohlen et al., 2018,
-    https://arxiv.org/abs/1805.11593, proposition A.2).
-
-    :param x: any shape, in units of return
-    :param eps: slope far out; keeps the inverse Lipschitz
-    :return: same shape
+    https://arxiv.org/abs/1805.11593, proposition A.2). ``eps`` is the slope far out; it keeps the inverse Lipschitz.
     """
     return x.sign() * ((x.abs() + 1).sqrt() - 1) + eps * x
 
 
 def inverse_value_transform(x: th.Tensor, eps: float = TRANSFORM_EPS) -> th.Tensor:
-    """
-    Inverse of :func:`value_transform`, written without cancellation.
-
-    :param x: any shape
-    :param eps: as there, positive
-    :return: same shape, in units of return
-    """
+    """Inverse of :func:`value_transform` for a positive ``eps``, written without cancellation."""
     z = 4 * eps * (x.abs() + 1 + eps)
     root = z / ((1 + z).sqrt() + 1) / (2 * eps)
     return x.sign() * (root * root - 1)
@@ -150,13 +138,7 @@ def two_hot(x: th.Tensor, support: th.Tensor) -> th.Tensor:
 
 
 def cross_entropy(logits: th.Tensor, target: th.Tensor) -> th.Tensor:
-    """
-    Per-sample cross entropy against a distribution.
-
-    :param logits: ``[..., N]``
-    :param target: probabilities, ``[..., N]``; no gradient flows into it
-    :return: ``[...]``
-    """
+    """Cross entropy of logits ``[..., N]`` against probabilities ``[..., N]``, which get no gradient: ``[...]``."""
     return -(target.detach() * F.log_softmax(logits, dim=-1)).sum(-1)
 
 
@@ -164,25 +146,16 @@ def negative_cosine(prediction: th.Tensor, target: th.Tensor) -> th.Tensor:
     """
     Per-sample SimSiam loss (Chen and He, 2021, https://arxiv.org/abs/2011.10566, eq. 1).
 
-    :param prediction: ``[B, D]``
-    :param target: ``[B, D]``; no gradient flows into it
-    :return: ``[B]``, from -1 (same direction) to 1
+    ``[B, D]`` -> ``[B]``, from -1 (same direction) to 1; no gradient flows into the target.
     """
     return -F.cosine_similarity(prediction, target.detach(), dim=-1)
 
 
 class LossOutput(NamedTuple):
-    """
-    What a loss function returns.
+    """What a loss function returns."""
 
-    :param loss: per-sample loss, ``[B]``
-    :param td_error: per-sample temporal-difference error, ``[B]``; its absolute value becomes the priority
-    :param metrics: further scalars to log, detached, 0-dim
-    :param backward: sets the parameters' gradients of the mean over the batch of ``weights * loss``, given the weights
-        ``[B]`` or None; None: autograd does it
-    """
-
-    loss: th.Tensor
-    td_error: th.Tensor
-    metrics: dict[str, th.Tensor]
+    loss: th.Tensor  # per sample, [B]
+    td_error: th.Tensor  # temporal-difference error per sample, [B]; its absolute value becomes the priority
+    metrics: dict[str, th.Tensor]  # further scalars to log, detached, 0-dim
+    # sets the parameters' gradients of the mean of weights * loss, given weights [B] or None; None: autograd does it
     backward: Callable[[th.Tensor | None], None] | None = None

@@ -18,11 +18,9 @@ def begin_statistics(
     normalize: VecNormalize | None, observations: Callable[[NDArray[np.int64]], NDArray[Any]], count: int
 ) -> None:
     """
-    Give a wrapper that has seen no observation yet the mean and variance of recorded ones.
+    Give a wrapper in training that has seen no observation yet the mean and variance of recorded ones.
 
-    :param normalize: the wrapper; None, or one that is not training, is left alone
-    :param observations: recorded ones by number, ``[B] -> [B, *obs_shape]``
-    :param count: how many there are
+    :param observations: the ``count`` recorded ones by number, ``[B] -> [B, *obs_shape]``
     """
     if normalize is None or not (normalize.norm_obs and normalize.training):
         return
@@ -33,11 +31,6 @@ def begin_statistics(
 
 
 def begin_statistics_of(normalize: VecNormalize | None, buffer: ReplayBuffer | None) -> None:
-    """
-    :func:`begin_statistics` with the observations of a replay buffer of SB3's kind, or of a dataset.
-
-    :param normalize: the wrapper
-    :param buffer: the replay buffer
-    """
+    """:func:`begin_statistics` with the observations of a replay buffer of SB3's kind, or of a dataset."""
     if buffer is not None:
         begin_statistics(normalize, lambda i: buffer._get_samples(i).observations.cpu().numpy(), buffer.size())

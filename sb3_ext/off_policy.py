@@ -34,11 +34,7 @@ class MetricMeans:
         self._count = 0
 
     def add(self, metrics: dict[str, th.Tensor]) -> None:
-        """
-        Add one step's values.
-
-        :param metrics: 0-dim tensors; the same keys in every call until :meth:`flush`
-        """
+        """Add one step's values, 0-dim; the same keys in every call until :meth:`flush`."""
         values = th.stack([v.detach().float() for v in metrics.values()])
         if self._total is None or self._keys != tuple(metrics):
             self._keys, self._total, self._count = tuple(metrics), th.zeros_like(values), 0
@@ -46,11 +42,7 @@ class MetricMeans:
         self._count += 1
 
     def flush(self) -> dict[str, float]:
-        """
-        Read the means and start anew.
-
-        :return: mean of each key; empty if nothing was added
-        """
+        """Read the mean of each key and start again; empty if nothing was added."""
         if self._total is None:
             return {}
         means = dict(zip(self._keys, (self._total / self._count).tolist(), strict=True))
@@ -64,8 +56,6 @@ def minimise(
     """
     One gradient step on the mean over the batch of ``weights * loss``; the only place that reduces over the batch.
 
-    :param policy: has the parameters and their optimizer
-    :param output: per-sample losses
     :param weights: importance weights, ``[B, 1]``; None: 1
     :param max_grad_norm: largest norm of the gradient; None: no clipping
     :param update: number of the step, for the message
@@ -102,12 +92,7 @@ class OffPolicy(OffPolicyAlgorithm):
     """Largest norm of the gradient; None: no clipping."""
 
     def compute_loss(self, batch: Any) -> LossOutput:
-        """
-        Compute the loss of each sample.
-
-        :param batch: samples of the replay buffer
-        :return: per-sample loss and TD error, ``[B]``, and metrics
-        """
+        """Per-sample loss and TD error, ``[B]``, of samples of the replay buffer, and metrics."""
         raise NotImplementedError
 
     def _after_update(self) -> None:
@@ -115,10 +100,8 @@ class OffPolicy(OffPolicyAlgorithm):
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """
-        Run gradient steps.
+        Run gradient steps on ``batch_size`` samples each.
 
-        :param gradient_steps: number of steps
-        :param batch_size: samples per step, B
         :raises FloatingPointError: see :func:`minimise`
         """
         assert self.replay_buffer is not None
@@ -154,16 +137,9 @@ class OffPolicy(OffPolicyAlgorithm):
         kind = self.replay_buffer_class
         if kind is None or not issubclass(kind, PrioritizedReplayBuffer):
             return None
-        returns = {"n_steps": self.n_steps, "gamma": self.gamma}
-        return kind(
-            self.buffer_size,
-            self.observation_space,
-            self.action_space,
-            device=self.device,
-            n_envs=self.n_envs,
-            optimize_memory_usage=self.optimize_memory_usage,
-            **{**returns, **self.replay_buffer_kwargs},
-        )
+        names = ("device", "n_envs", "optimize_memory_usage", "n_steps", "gamma")
+        kwargs = {name: getattr(self, name) for name in names} | self.replay_buffer_kwargs
+        return kind(self.buffer_size, self.observation_space, self.action_space, **kwargs)
 
     def _setup_model(self) -> None:
         self._train_metrics = MetricMeans()
@@ -198,10 +174,6 @@ class OffPolicy(OffPolicyAlgorithm):
         """
         Collect as SB3 does. Where a callback or an error stops it, the environment has made a step that is not stored,
         so with our buffers, which can end their sequences there, the next ``learn`` resets it.
-
-        :param args: see SB3
-        :param kwargs: see SB3
-        :return: see SB3
         """
         goes_on = False
         try:
@@ -218,22 +190,13 @@ class OffPolicy(OffPolicyAlgorithm):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
-        """
-        Save as SB3 does, but never leave a half-written file under ``path``: an older good one stays until the new is
-        complete.
-
-        :param path: file name (``.zip`` is added) or open file
-        :param exclude: see SB3
-        :param include: see SB3
-        """
+        """Save as SB3 does, but an older good file stays under ``path`` until the new one is complete."""
         save_whole(partial(super().save, exclude=exclude, include=include), path, ".zip")
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """
         Load a replay buffer as SB3 does, if it fits this model's settings; otherwise the model keeps the one it has.
 
-        :param path: see SB3
-        :param truncate_last_traj: see SB3
         :raises ValueError: if it does not fit
         """
         before = self.replay_buffer
@@ -259,9 +222,5 @@ class OffPolicy(OffPolicyAlgorithm):
         return [*super()._excluded_save_params(), "_train_metrics"]
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
-        """
-        Save the replay buffer as SB3 does, and as :meth:`save` never leave a half-written file.
-
-        :param path: file name (``.pkl`` is added) or open file
-        """
+        """Save the replay buffer as SB3 does; as with :meth:`save`, never half of it."""
         save_whole(super().save_replay_buffer, path, ".pkl")

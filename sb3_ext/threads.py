@@ -58,15 +58,12 @@ def _core(processor: int) -> str:
 
 def threads_are_chosen() -> bool:
     """
-    Tell whether the user chose the number of torch's threads.
+    Whether the user chose the number of torch's threads: it is not torch's own, or an environment variable is set.
 
     By itself torch takes as many as there are cores (with MKL), processors (without it) or performance cores (of a
-    Mac), of those that the process may use. Any other number comes from ``torch.set_num_threads``, whether it was
-    called before this package was imported or later. The rule cannot see that somebody chose the very number that torch
-    takes: ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS`` in the environment say so. They are looked up in each call, and so
-    ``os.environ["OMP_NUM_THREADS"] = "2"`` counts in a program that runs already.
-
-    :return: True if it is another number than torch's own, or one of the variables is set
+    Mac), of those that the process may use. Any other number comes from ``torch.set_num_threads``, before or after
+    this package was imported. That somebody chose the very number that torch takes, only ``OMP_NUM_THREADS`` or
+    ``MKL_NUM_THREADS`` can say. They are looked up in each call, so that they may be set in a running program.
     """
     return any(os.environ.get(name) for name in _CHOICES) or th.get_num_threads() not in _own_numbers()
 
@@ -81,15 +78,11 @@ def _pixels(space: Any) -> int:
 
 def multiply_adds(policy: nn.Module, rows: int) -> int:
     """
-    Estimate the multiplications of one pass of a batch through all networks of a policy, target networks included.
+    Estimate the multiplications of one pass of B = ``rows`` observations through all networks of a policy, targets too.
 
     Each weight counts once per row, and those of a convolution once per row and place. Places are the observation's
     pixels divided by the strides of the convolutions and poolings so far, in the order of a network's ``modules()``;
     padding is ignored.
-
-    :param policy: has an ``observation_space``
-    :param rows: observations, B
-    :return: how many, for the whole batch
     """
     pixels, total = _pixels(policy.observation_space), 0.0
     for network in policy.children():
@@ -121,11 +114,8 @@ def loop_threads(model: Any) -> Iterator[None]:
     """
     before = th.get_num_threads()
     policy, rows = getattr(model, "policy", model), getattr(model, "batch_size", 1)
-    single = (
-        not (_in_loop.get() or before == 1 or threads_are_chosen())
-        and model.device.type == "cpu"
-        and multiply_adds(policy, rows) <= SMALL
-    )
+    decided = _in_loop.get() or before == 1 or threads_are_chosen()
+    single = not decided and model.device.type == "cpu" and multiply_adds(policy, rows) <= SMALL
     token = _in_loop.set(True)
     if single:
         th.set_num_threads(1)
@@ -138,12 +128,7 @@ def loop_threads(model: Any) -> Iterator[None]:
 
 
 def with_loop_threads(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
-    """
-    Decorate a method of a model so that all of it runs in :func:`loop_threads`.
-
-    :param method: the method
-    :return: the method to take instead
-    """
+    """Decorate a method of a model so that all of it runs in :func:`loop_threads`."""
 
     @wraps(method)
     def limited(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -163,12 +148,10 @@ def blas_threads() -> Iterator[None]:
     """
     Give the BLAS libraries of this process ``torch.get_num_threads()`` threads at most, and back what they had.
 
-    BLAS threads wait for each other in busy loops, as torch's do: inside :func:`loop_threads` a small network's BLAS
-    has one thread, too.
+    BLAS threads wait in busy loops, too: inside :func:`loop_threads` a small network's BLAS has one thread.
     """
-    had = [(lib, lib.num_threads) for lib in _libraries()]
     wanted = th.get_num_threads()
-    changed = [(lib, number) for lib, number in had if number is not None and number > wanted]
+    changed = [(lib, number) for lib in _libraries() if (number := lib.num_threads) is not None and number > wanted]
     for lib, _ in changed:
         lib.set_num_threads(wanted)
     try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import sb3_contrib
 import stable_baselines3 as sb3
 import torch as th
-from stable_baselines3.common.type_aliases import MaybeCallback, ReplayBufferSamples
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch.nn import functional as F
 
 from sb3_ext.dqn import rainbow
@@ -31,12 +31,7 @@ class DQN(OffPolicy, sb3.DQN):
     }
 
     def compute_loss(self, batch: ReplayBufferSamples) -> LossOutput:
-        """
-        Huber loss on the one-step (or n-step) TD error, kappa = 1.
-
-        :param batch: samples of the replay buffer
-        :return: loss and TD error, ``[B]``
-        """
+        """Huber loss on the one-step (or n-step) TD error, kappa = 1, and the TD error, ``[B]``."""
         discounts = batch.discounts if batch.discounts is not None else self.gamma
         with th.no_grad():
             next_q = self.q_net_target(batch.next_observations)
@@ -47,18 +42,8 @@ class DQN(OffPolicy, sb3.DQN):
         loss = F.smooth_l1_loss(q, target, reduction="none")
         return LossOutput(loss.squeeze(1), (target - q.detach()).squeeze(1), {})
 
-    @with_loop_threads
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "DQN",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        """See SB3; small networks on a CPU take one thread, see :func:`~sb3_ext.threads.loop_threads`."""
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+    learn = with_loop_threads(sb3.DQN.learn)
+    """See SB3; small networks on a CPU take one thread, see :func:`~sb3_ext.threads.loop_threads`."""
 
 
 class QRDQN(OffPolicy, sb3_contrib.QRDQN):
@@ -77,12 +62,7 @@ class QRDQN(OffPolicy, sb3_contrib.QRDQN):
     }
 
     def compute_loss(self, batch: ReplayBufferSamples) -> LossOutput:
-        """
-        Quantile Huber loss, see :func:`~sb3_ext.losses.quantile_huber_loss`.
-
-        :param batch: samples of the replay buffer
-        :return: loss and TD error, ``[B]``
-        """
+        """Quantile Huber loss, see :func:`~sb3_ext.losses.quantile_huber_loss`, and TD error, ``[B]``."""
         quantiles = self.quantile_net(batch.observations)
         with th.no_grad():
             following = self.quantile_net_target(batch.next_observations)
@@ -91,31 +71,19 @@ class QRDQN(OffPolicy, sb3_contrib.QRDQN):
             following = _of_action(following, chooser.mean(dim=1).argmax(dim=1, keepdim=True))
         return quantile_td(batch, quantiles, following, self.gamma)
 
-    @with_loop_threads
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "QRDQN",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        """See SB3; small networks on a CPU take one thread, see :func:`~sb3_ext.threads.loop_threads`."""
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+    learn = with_loop_threads(sb3_contrib.QRDQN.learn)
+    """See SB3; small networks on a CPU take one thread, see :func:`~sb3_ext.threads.loop_threads`."""
 
 
 def quantile_td(
     batch: ReplayBufferSamples, quantiles: th.Tensor, next_quantiles: th.Tensor, gamma: float
 ) -> LossOutput:
     """
-    QR-DQN's loss of the actions taken, see :func:`~sb3_ext.losses.quantile_huber_loss`.
+    QR-DQN's loss of the actions taken and TD error of the means over quantiles, ``[B]``.
 
-    :param batch: samples of a replay buffer
     :param quantiles: of the online network at the observations, ``[B, N, A]``
     :param next_quantiles: of the target network at the next observations, of the action chosen there, ``[B, N]``
     :param gamma: discount factor where the batch has none of its own
-    :return: loss, and TD error of the means over quantiles, ``[B]``
     """
     discounts = batch.discounts if batch.discounts is not None else gamma
     with th.no_grad():

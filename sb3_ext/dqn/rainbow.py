@@ -16,22 +16,11 @@ class DuelingHead(nn.Module):
     """
     Dueling architecture (Wang et al., 2016, https://arxiv.org/abs/1511.06581, eq. 9): value plus centred advantages.
 
-    Both streams have the hidden layers of ``net_arch``.
-
-    :param features_dim: size of the input
-    :param n_actions: A
-    :param n_quantiles: N, 1 for plain Q values
-    :param net_arch: hidden layers
-    :param activation_fn: between them
+    Both streams have the hidden layers of ``net_arch``; plain Q values are one quantile.
     """
 
     def __init__(
-        self,
-        features_dim: int,
-        n_actions: int,
-        n_quantiles: int,
-        net_arch: list[int],
-        activation_fn: type[nn.Module],
+        self, features_dim: int, n_actions: int, n_quantiles: int, net_arch: list[int], activation_fn: type[nn.Module]
     ) -> None:
         super().__init__()
         self._shape = (-1, n_quantiles, n_actions)
@@ -39,12 +28,7 @@ class DuelingHead(nn.Module):
         self.advantage = nn.Sequential(*create_mlp(features_dim, n_quantiles * n_actions, net_arch, activation_fn))
 
     def forward(self, features: th.Tensor) -> th.Tensor:
-        """
-        Combine the streams.
-
-        :param features: ``[B, features_dim]``
-        :return: ``[B, N * A]``, quantiles before actions
-        """
+        """Combine the streams: ``[B, features_dim]`` -> ``[B, N * A]``, quantiles before actions."""
         advantage = self.advantage(features).view(self._shape)
         values: th.Tensor = self.value(features).unsqueeze(2) + advantage - advantage.mean(dim=2, keepdim=True)
         return values.flatten(1)
@@ -54,11 +38,9 @@ class RainbowMixin(BasePolicy):
     """
     Two more arguments for ``policy_kwargs``; without them a policy is exactly the one it extends.
 
-    :param args: see the policy that is extended
     :param double_q: double Q-learning (van Hasselt et al., 2016, https://arxiv.org/abs/1509.06461): the online network
         chooses the next action, the target network says its value; lowers overestimation
     :param dueling: :class:`DuelingHead`; helps where many actions are equally good
-    :param kwargs: see the policy that is extended
     """
 
     def __init__(self, *args: Any, double_q: bool = False, dueling: bool = False, **kwargs: Any) -> None:

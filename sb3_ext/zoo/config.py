@@ -38,6 +38,7 @@ BUFFERS = {
 }
 """What ``replay_buffer_class`` may name, and where it is."""
 
+_USUAL = AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
@@ -46,13 +47,7 @@ class ZooError(Exception):
 
 
 def hint(word: str, known: Iterable[str]) -> str:
-    """
-    Suggest close matches, or list what there is.
-
-    :param word: what was given
-    :param known: what would have been right
-    :return: a sentence for the end of an error message
-    """
+    """Sentence for the end of an error message: close matches of a word, or what there is."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=3)
     if close:
@@ -63,35 +58,16 @@ def hint(word: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """
-    Report what goes wrong while a run is set up as the user's mistake, without a traceback.
-
-    :raises ZooError: instead of the usual exceptions
-    """
+    """Report what goes wrong while a run is set up as a :class:`ZooError`, the user's mistake, without a traceback."""
     try:
         yield
-    except (
-        AssertionError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        gym.error.Error,
-    ) as error:
+    except (*_USUAL, gym.error.Error) as error:
         raise ZooError(str(error) or type(error).__name__) from error
 
 
 @dataclass(frozen=True)
 class Algo:
-    """
-    An algorithm of the entry-point group ``sb3_ext.algos``.
-
-    :param name: its name on the command line
-    :param cls: the class
-    """
+    """An algorithm of the entry-point group ``sb3_ext.algos``, by its name on the command line."""
 
     name: str
     cls: type[BaseAlgorithm]
@@ -125,42 +101,23 @@ class Algo:
 
 @dataclass(frozen=True)
 class Config:
-    """
-    The hyper-parameters of one run.
+    """The hyper-parameters of one run."""
 
-    :param hyperparams: as in the YAML entry, overrides applied
-    :param source: file and entry they come from
-    :param n_timesteps: length of the run
-    :param n_envs: copies of the training environment
-    :param frame_stack: frames per observation; None lets the data decide
-    :param arguments: constructor arguments, schedules built
-    """
-
-    hyperparams: dict[str, Any]
-    source: str
+    hyperparams: dict[str, Any]  # as in the YAML entry, overrides applied
+    source: str  # file and entry that they come from
     n_timesteps: int
-    n_envs: int
-    frame_stack: int | None
-    arguments: dict[str, Any]
+    n_envs: int  # copies of the training environment
+    frame_stack: int | None  # frames per observation; None lets the data decide
+    arguments: dict[str, Any]  # of the constructor, schedules built
 
 
 def known_algos() -> dict[str, EntryPoint]:
-    """
-    Find the algorithms that are installed.
-
-    :return: entry points of the group ``sb3_ext.algos`` by name
-    """
+    """Entry points of the algorithms that are installed, by name."""
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
 def load_algo(name: str) -> Algo:
-    """
-    Import an algorithm.
-
-    :param name: its name on the command line
-    :return: the algorithm
-    :raises ZooError: if there is none of that name, or it cannot be imported
-    """
+    """Import an algorithm by its name on the command line."""
     known = known_algos()
     if name not in known:
         raise ZooError(f"Unknown algorithm {name!r}; known: {', '.join(sorted(known))}.")
@@ -171,12 +128,7 @@ def load_algo(name: str) -> Algo:
 
 
 def plain(value: Any) -> Any:
-    """
-    Read numbers like ``5e-5``, which YAML 1.1 takes for text because there is no dot.
-
-    :param value: what ``yaml.safe_load`` gave
-    :return: the same with such texts as floats, at any depth
-    """
+    """Read numbers like ``5e-5``, which YAML 1.1 takes for text because there is no dot, as floats at any depth."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -192,14 +144,7 @@ def _safe_load(text: str, where: str) -> Any:
 
 
 def parse_overrides(algo: Algo, words: Sequence[str] | None) -> dict[str, Any]:
-    """
-    Read ``key:value`` words; the value is plain YAML.
-
-    :param algo: the algorithm
-    :param words: from the command line
-    :return: the hyper-parameters
-    :raises ZooError: if a word has no colon, its value is not plain YAML, or the algorithm does not know the key
-    """
+    """Read and check ``key:value`` words of the command line; the value is plain YAML."""
     overrides: dict[str, Any] = {}
     for word in words or ():
         key, colon, value = word.partition(":")
@@ -211,23 +156,15 @@ def parse_overrides(algo: Algo, words: Sequence[str] | None) -> dict[str, Any]:
 
 
 def read_entries(algo: Algo, conf_file: str | None) -> tuple[str, dict[str, dict[str, Any]]]:
-    """
-    Read and check a file of hyper-parameters.
-
-    :param algo: the algorithm
-    :param conf_file: the user's file; None for the one that comes with the package
-    :return: name of the file, and its entries
-    :raises ZooError: if it is missing, not plain YAML, or has a key that the algorithm does not know
-    """
+    """Read and check the user's file of hyper-parameters, or the one of the package: its name and its entries."""
     path = Path(conf_file) if conf_file else Path(str(files(__package__) / "hyperparams" / f"{algo.name}.yml"))
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         if conf_file:
             raise ZooError(f"The file {conf_file} cannot be read ({error.strerror}).") from error
-        raise ZooError(
-            f"There are no stored hyper-parameters for {algo.name}; pass a file with --conf-file."
-        ) from error
+        message = f"There are no stored hyper-parameters for {algo.name}; pass a file with --conf-file."
+        raise ZooError(message) from error
     name = conf_file or path.name
     entries = _safe_load(text, name)
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
@@ -238,14 +175,7 @@ def read_entries(algo: Algo, conf_file: str | None) -> tuple[str, dict[str, dict
 
 
 def check_keys(algo: Algo, hyperparams: dict[str, Any], where: str) -> None:
-    """
-    Refuse what is no constructor argument.
-
-    :param algo: the algorithm
-    :param hyperparams: the hyper-parameters
-    :param where: file and entry, for the message
-    :raises ZooError: naming the key, the place and the closest match
-    """
+    """Refuse what is no constructor argument, naming the key, the place and the closest match."""
     for key in hyperparams:
         if key in FLAGS:
             raise ZooError(f"{where}: {key!r} is not set there; use the flag {FLAGS[key]}.")
@@ -271,15 +201,11 @@ def resolve(
     """
     Choose the entry and apply the overrides.
 
-    :param algo: the algorithm
-    :param file: name of the file of the entries
-    :param entries: see :func:`read_entries`
+    :param file: name of the file of the entries, see :func:`read_entries`
     :param names: entries to look for, the most specific first; ``default`` is always the last
     :param overrides: hyper-parameters that win over the entry's
     :param n_timesteps: likewise for the length, if it is positive
     :param auto_policy: what ``policy: auto`` means, if that is known yet
-    :return: the configuration
-    :raises ZooError: if no entry fits or a value cannot be used
     """
     names = [*names, "default"]
     entry = next((name for name in names if name in entries), None)
@@ -299,12 +225,10 @@ def resolve(
     parameters = algo.parameters
     # a copy, because algorithms write into policy_kwargs
     arguments = {k: _argument(k, v, parameters[k], source) for k, v in deepcopy(hyperparams).items() if k in parameters}
-    if algo.offline and hyperparams.get("frame_stack"):
-        arguments["dataset_kwargs"] = {
-            **(arguments.get("dataset_kwargs") or {}),
-            "frame_stack": hyperparams["frame_stack"],
-        }
-    stack = (arguments.get("dataset_kwargs") or {}).get("frame_stack") or hyperparams.get("frame_stack")
+    stack, of_data = hyperparams.get("frame_stack"), arguments.get("dataset_kwargs") or {}
+    if algo.offline and stack:
+        arguments["dataset_kwargs"] = of_data = {**of_data, "frame_stack": stack}
+    stack = of_data.get("frame_stack") or stack
     return Config(hyperparams, source, hyperparams["n_timesteps"], hyperparams.get("n_envs", 1), stack, arguments)
 
 

@@ -7,21 +7,7 @@ from pathlib import Path
 import minari
 import numpy as np
 
-from sb3_ext.data import (
-    check_new_dataset,
-    convert_dqn_replay,
-    default_keys,
-    describe_keys,
-    download,
-    list_datasets,
-    parse_keys,
-    play_episodes,
-    publish,
-    sample_transitions,
-    show_dataset,
-    verify_dataset,
-    write_dataset,
-)
+from sb3_ext import data
 from sb3_ext.zoo.config import one_line_errors
 from sb3_ext.zoo.settings import (
     ConvertSettings,
@@ -36,19 +22,13 @@ from sb3_ext.zoo.tasks import check_env_id, make_env
 
 
 def play_command(settings: PlaySettings) -> None:
-    """
-    Let a person play an environment and write the episodes as a dataset.
-
-    :param settings: the command line's flags
-    :raises ZooError: if something is wrong that the user can put right; always before the first game, except that a
-        dataset cannot be written
-    """
+    """Let a person play an environment and write the episodes; what can be wrong is found before the first game."""
     check_env_id(settings.env_id)
     with one_line_errors():
         env = make_env(settings.env_id, render_mode="rgb_array")
-        check_new_dataset(settings.id, env, overwrite=settings.overwrite)
-        keys = parse_keys(settings.keys) if settings.keys else default_keys(env)
-        episodes = play_episodes(
+        data.check_new_dataset(settings.id, env, overwrite=settings.overwrite)
+        keys = data.parse_keys(settings.keys) if settings.keys else data.default_keys(env)
+        episodes = data.play_episodes(
             env, settings.episodes, keys=keys, fps=settings.fps, size=settings.size, seed=settings.seed
         )
     if not episodes:
@@ -56,14 +36,14 @@ def play_command(settings: PlaySettings) -> None:
         return
     steps = sum(len(e.rewards) for e in episodes)
     with one_line_errors():
-        dataset = write_dataset(
+        dataset = data.write_dataset(
             settings.id,
             episodes,
             env,
             algorithm_name="human",
             author=settings.author,
             description=f"{len(episodes)} episodes ({steps} steps) of {settings.env_id} by a person at the keyboard.",
-            metadata={"keys": describe_keys(keys)},
+            metadata={"keys": data.describe_keys(keys)},
             overwrite=settings.overwrite,
         )
     env.close()
@@ -71,17 +51,12 @@ def play_command(settings: PlaySettings) -> None:
 
 
 def convert_command(settings: ConvertSettings) -> None:
-    """
-    Convert a log of the DQN Replay Dataset's format to a Minari dataset.
-
-    :param settings: the command line's flags
-    :raises ZooError: if something is wrong that the user can put right
-    """
+    """Convert a log of the DQN Replay Dataset's format to a Minari dataset."""
     if settings.env:
         check_env_id(settings.env)
     subset = settings.subset or ("author" if settings.fraction < 1 else None)
     with one_line_errors():
-        dataset = convert_dqn_replay(
+        dataset = data.convert_dqn_replay(
             settings.folder,
             settings.id,
             game=settings.game,
@@ -107,34 +82,24 @@ def _print_totals(dataset_id: str, dataset: minari.MinariDataset) -> None:
 
 
 def publish_command(settings: PublishSettings) -> None:
-    """
-    Publish a dataset of this machine.
-
-    :param settings: the command line's flags
-    :raises ZooError: if something is wrong that the user can put right
-    """
+    """Publish a dataset of this machine."""
     with one_line_errors():
-        address = publish(
+        address = data.publish(
             settings.dataset, settings.to, overwrite=settings.overwrite, token=settings.token, report=print
         )
     print(f"published; get it with: sb3x data download {address}")
 
 
 def download_command(settings: DownloadSettings) -> None:
-    """
-    Download a dataset.
-
-    :param settings: the command line's flags
-    :raises ZooError: if something is wrong that the user can put right
-    """
+    """Download a dataset and verify every file."""
     with one_line_errors():
-        dataset_id = download(settings.address, overwrite=settings.overwrite, token=settings.token, report=print)
+        dataset_id = data.download(settings.address, overwrite=settings.overwrite, token=settings.token, report=print)
     print(f"{dataset_id} is here; every file is verified")
 
 
 def list_command() -> None:
     """Print a table of the datasets on this machine."""
-    rows = list_datasets()
+    rows = data.list_datasets()
     if not rows:
         print("There are no datasets on this machine.")
         return
@@ -144,59 +109,33 @@ def list_command() -> None:
             table.append((row["id"], f"metadata cannot be read ({row['damage']})", "", "", ""))
             continue
         mean, size = row["mean_return"], row["megabytes"]
-        table.append(
-            (
-                row["id"],
-                f"{row['episodes']:,}",
-                f"{row['steps']:,}",
-                "-" if mean is None else f"{mean:.2f}",
-                "-" if size is None else f"{size:.1f}",
-            )
-        )
-    widths = [max(len(line[k]) for line in table) for k in range(5)]
-    for line in table:
-        cells = [
-            line[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-        ]
-        print("  ".join(cells).rstrip())
+        measured = "-" if mean is None else f"{mean:.2f}", "-" if size is None else f"{size:.1f}"
+        table.append((row["id"], f"{row['episodes']:,}", f"{row['steps']:,}", *measured))
+    first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
+    for name, *cells in table:
+        print("  ".join([name.ljust(first), *map(str.rjust, cells, others)]).rstrip())
 
 
 def verify_command(settings: VerifySettings) -> int:
-    """
-    Check a dataset and say whether CQL can be expected to learn from it.
-
-    :param settings: the command line's flags
-    :return: exit code: 1 if the dataset has errors
-    :raises ZooError: if there is no such dataset
-    """
+    """Check a dataset, and whether CQL can be expected to learn from it; exit code 1 if it has errors."""
     with one_line_errors():
-        report = verify_dataset(settings.dataset)
+        report = data.verify_dataset(settings.dataset)
     print(report)
     return 0 if report.ok else 1
 
 
 def show_command(settings: ShowSettings) -> None:
-    """
-    Draw an episode and the histogram of returns.
-
-    :param settings: the command line's flags
-    :raises ZooError: if something is wrong that the user can put right
-    """
+    """Draw an episode and the histogram of returns."""
     path = settings.out or Path(f"{settings.dataset.strip('/').replace('/', '-')}.png")
     with one_line_errors():
-        print(f"Written: {show_dataset(settings.dataset, path, episode=settings.episode, frames=settings.frames)}")
+        file = data.show_dataset(settings.dataset, path, episode=settings.episode, frames=settings.frames)
+    print(f"Written: {file}")
 
 
 def sample_command(settings: SampleSettings) -> None:
-    """
-    Print a few transitions, or write them to a file.
-
-    :param settings: the command line's flags
-    :raises ZooError: if something is wrong that the user can put right
-    """
+    """Print a few transitions, or write them to a file."""
     with one_line_errors():
-        transitions = sample_transitions(settings.dataset, settings.n, settings.seed)
+        transitions = data.sample_transitions(settings.dataset, settings.n, settings.seed)
         if settings.out is None:
             print("\n".join(transitions.lines()))
             return

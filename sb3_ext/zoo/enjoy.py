@@ -25,12 +25,7 @@ _INSTALL = 'pip install "sb3-ext[report]"'
 
 
 def enjoy(settings: EnjoySettings) -> None:
-    """
-    Play with a trained agent.
-
-    :param settings: the command line's flags
-    :raises ZooError: if something is wrong that the user can put right
-    """
+    """Play with a trained agent."""
     algo = load_algo(settings.algo)
     if settings.video:
         _check_video(settings.video)
@@ -40,23 +35,18 @@ def enjoy(settings: EnjoySettings) -> None:
         path = _choose_model(settings, run)
         set_random_seed(settings.seed)
         use_threads(settings.num_threads)
-        # nothing is learned, so the smallest and simplest buffer will do
-        small = {"buffer_size": 1, "n_steps": 1, "replay_buffer_kwargs": {}, "optimize_memory_usage": False}
-        kwargs: dict[str, Any] = small if algo.replays else {}
+        # nothing is learned, so the smallest buffer will do
+        kwargs: dict[str, Any] = {"buffer_size": 1} if algo.replays else {}
         model = algo.cls.load(path, device=settings.device, **kwargs)
         if settings.verbose > 0:
             print(f"Loading {path} ({model.num_timesteps} steps)")
-        frame_stack = _frame_stack(run)
+        trained = run.read("config")
+        stack = (trained.get("dataset_kwargs") or {}).get("frame_stack") or trained.get("frame_stack")
 
     def make(render_mode: str | None) -> VecEnv:
         with one_line_errors():
             return make_model_envs(
-                task,
-                model,
-                n_envs=settings.n_envs,
-                seed=settings.seed,
-                frame_stack=frame_stack,
-                render_mode=render_mode,
+                task, model, n_envs=settings.n_envs, seed=settings.seed, frame_stack=stack, render_mode=render_mode
             )
 
     env, observation = _open(settings, make)
@@ -84,9 +74,8 @@ def _find_task(settings: EnjoySettings, algo: Algo) -> Task:
     check_env_id(settings.env)
     fitting = {run.name for run in list_runs(settings.folder, algo.name) if run.read("args").get("env") == settings.env}
     if len(fitting) > 1:
-        raise ZooError(
-            f"There are runs of several datasets of {settings.env}: {', '.join(sorted(fitting))}; pass --dataset."
-        )
+        names = ", ".join(sorted(fitting))
+        raise ZooError(f"There are runs of several datasets of {settings.env}: {names}; pass --dataset.")
     name = fitting.pop() if fitting else settings.env
     return Task(name, None, settings.env, settings.env, is_atari(settings.env))
 
@@ -107,11 +96,6 @@ def _choose_model(settings: EnjoySettings, run: Run) -> Path:
         steps = ", ".join(map(str, there)) or "none"
         raise ZooError(f"There is no model {path.name} in {run.path}; checkpoints there: {steps}.")
     return path
-
-
-def _frame_stack(run: Run) -> int | None:
-    hyperparams = run.read("config")
-    return (hyperparams.get("dataset_kwargs") or {}).get("frame_stack") or hyperparams.get("frame_stack")
 
 
 def _open(settings: EnjoySettings, make: Callable[[str | None], VecEnv]) -> tuple[VecEnv, Any]:

@@ -118,9 +118,8 @@ def _add_play(verbs: Verbs) -> None:
 
 
 def _add_convert(verbs: Verbs) -> None:
-    add = _verb(
-        verbs, "convert-dqn-replay", "convert a log of the DQN Replay Dataset's format", ConvertSettings
-    ).add_argument
+    help_text = "convert a log of the DQN Replay Dataset's format"
+    add = _verb(verbs, "convert-dqn-replay", help_text, ConvertSettings).add_argument
     add("folder", metavar="DIR", help="holds <Game>/<run>/replay_logs")
     add("--game", required=True, help="for instance Breakout")
     add("--run", type=int, help="number of the run (default 1)")
@@ -156,28 +155,21 @@ def _add_looks(verbs: Verbs) -> None:
     sample.add_argument("--out", type=Path, metavar="NPZ", help="write arrays there instead, pictures included")
 
 
-def _add_publish(verbs: Verbs) -> None:
+def _add_hub(verbs: Verbs) -> None:
+    token = "access token (default: HF_TOKEN or `hf auth login`); for gs:// the path of a key file"
     add = _verb(verbs, "publish", "publish a dataset with checksums and a card", PublishSettings).add_argument
     add("dataset", metavar="ID", help="id or path of a dataset on this machine")
     add("--to", required=True, metavar="PLACE", help="hf://user, hf://user/repository, gs://bucket/folder or a folder")
-    add("--token", help="access token (default: HF_TOKEN or `hf auth login`); for gs:// the path of a key file")
+    add("--token", help=token)
     add("--overwrite", action="store_true", help="replace the dataset that is there")
-
-
-def _add_download(verbs: Verbs) -> None:
     add = _verb(verbs, "download", "download a dataset and verify every file", DownloadSettings).add_argument
     add("address", metavar="ADDRESS", help="hf://user/namespace/name-v0, or a gs:// or file:// address, or a folder")
-    add("--token", help="access token (default: HF_TOKEN or `hf auth login`); for gs:// the path of a key file")
+    add("--token", help=token)
     add("--overwrite", action="store_true", help="replace a dataset of the same id")
 
 
 def parse(words: Sequence[str]) -> Settings:
-    """
-    Read a command line; help, the version and mistakes end the process.
-
-    :param words: the words after ``sb3x``
-    :return: the settings of the command
-    """
+    """Read the words after ``sb3x``; help, the version and mistakes end the process."""
     parser = argparse.ArgumentParser("sb3x", description="Train and watch agents.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"sb3-ext {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -187,8 +179,7 @@ def parse(words: Sequence[str]) -> Settings:
     datasets = group.add_subparsers(required=True, metavar="COMMAND")
     _add_play(datasets)
     _add_convert(datasets)
-    _add_publish(datasets)
-    _add_download(datasets)
+    _add_hub(datasets)
     _add_looks(datasets)
     flags = vars(parser.parse_args(words))
     kind: type[Settings] = flags.pop("settings")

@@ -33,24 +33,13 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.(?:zip|pkl)")
 
 
 def slug(name: str) -> str:
-    """
-    Turn the id of a dataset or environment into the name of a folder.
-
-    :param name: the id
-    :return: the same with ``-`` for slashes and colons
-    """
+    """Name of a folder for the id of a dataset or environment: ``-`` for slashes and colons."""
     return re.sub(r"[/:\\]", "-", name)
 
 
 @dataclass(frozen=True)
 class Run:
-    """
-    One run's folder.
-
-    :param path: the folder
-    :param name: name of the dataset or environment, as in the folder's name
-    :param number: the number in the folder's name
-    """
+    """One run's folder; its name is that of the dataset or environment, and a number."""
 
     path: Path
     name: str
@@ -67,42 +56,23 @@ class Run:
         return self.path / "best_model.zip"
 
     def checkpoints(self) -> dict[int, Path]:
-        """
-        List the checkpoints.
-
-        :return: file by number of steps, ascending
-        """
+        """Files of the checkpoints by number of steps, ascending."""
         found = ((_CHECKPOINT.fullmatch(p.name), p) for p in self.path.iterdir())
         return dict(sorted((int(match[1]), path) for match, path in found if match))
 
     def newest(self) -> tuple[int, Path] | None:
-        """
-        Find the model that has trained longest, the final one of two; unreadable files are passed over.
-
-        :return: its steps and its file, or None
-        """
+        """Steps and file of the readable model that has trained longest, the final one of two."""
         steps = ((steps_of(path), path) for path in [*self.checkpoints().values(), self.final])
         good = ((n, path) for n, path in steps if n is not None)
         return max(good, key=lambda found: (found[0], found[1] == self.final), default=None)
 
     def read(self, name: str) -> dict[str, Any]:
-        """
-        Read one of the run's YAML files.
-
-        :param name: ``"args"`` or ``"config"``
-        :return: its content, empty if the run was stopped before it was written
-        """
+        """Content of ``args.yml`` or ``config.yml``, empty if the run was stopped before it was written."""
         path = self.path / self.name / f"{name}.yml"
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
 
     def write_start(self, settings: TrainSettings, hyperparams: dict[str, Any], words: list[str]) -> None:
-        """
-        Note how the run was started; when it goes on, only the command is added.
-
-        :param settings: the command line's flags, for ``args.yml``
-        :param hyperparams: for ``config.yml``
-        :param words: the command line
-        """
+        """Note how the run was started; when it goes on, only the command is added."""
         folder = self.path / self.name
         folder.mkdir(exist_ok=True)
         for name, content in (("args", asdict(settings)), ("config", hyperparams)):
@@ -113,12 +83,7 @@ class Run:
 
 
 def steps_of(path: Path) -> int | None:
-    """
-    Read a saved model's number of steps without unpickling anything.
-
-    :param path: SB3's zip file
-    :return: the number, or None if there is no such file or it is damaged
-    """
+    """A saved model's number of steps, read without unpickling; None if there is no such file or it is damaged."""
     try:
         with zipfile.ZipFile(path) as file:
             return int(json.loads(file.read("data"))["num_timesteps"])
@@ -128,13 +93,10 @@ def steps_of(path: Path) -> int | None:
 
 def replay_buffer_of(model: Path) -> Path:
     """
-    Tell where the replay buffer that belongs to a saved model lies.
+    Where the replay buffer that belongs to a saved model lies, if there is one.
 
     A run's final model has :func:`numbered_buffer` if it was trained in parts, so that model and buffer of two parts
     are never mixed up, else rl_zoo3's ``replay_buffer.pkl``.
-
-    :param model: the model's file
-    :return: the buffer's file, which need not exist
     """
     match = _CHECKPOINT.fullmatch(model.name)
     if match:
@@ -144,24 +106,12 @@ def replay_buffer_of(model: Path) -> Path:
 
 
 def numbered_buffer(final: Path, steps: int) -> Path:
-    """
-    Name the replay buffer of a final model after its steps.
-
-    :param final: the model's file
-    :param steps: its steps
-    :return: the buffer's file
-    """
+    """Name the replay buffer of a final model after its steps."""
     return final.with_name(f"replay_buffer_{steps}_steps.pkl")
 
 
 def list_runs(folder: str, algo: str) -> list[Run]:
-    """
-    List all runs of an algorithm.
-
-    :param folder: the log folder
-    :param algo: the algorithm
-    :return: the runs, by number
-    """
+    """All runs of an algorithm, by number."""
     root = Path(folder) / algo
     pattern = re.compile(r"(.+)_(\d+)(_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})?")
     matches = [(pattern.fullmatch(p.name), p) for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
@@ -170,16 +120,7 @@ def list_runs(folder: str, algo: str) -> list[Run]:
 
 
 def find_run(folder: str, algo: str, name: str, number: int = 0) -> Run:
-    """
-    Find a run.
-
-    :param folder: the log folder
-    :param algo: the algorithm
-    :param name: the run's name
-    :param number: its number, 0 for the latest
-    :return: the run
-    :raises ZooError: if there is none
-    """
+    """Find the run of that number, 0 for the latest."""
     runs = list_runs(folder, algo)
     named = [run for run in runs if run.name == name]
     fitting = [run for run in named if number in (0, run.number)]
@@ -193,16 +134,7 @@ def find_run(folder: str, algo: str, name: str, number: int = 0) -> Run:
 
 
 def new_run(folder: str, algo: str, name: str, unique: bool = False) -> Run:
-    """
-    Make the next run's folder; two processes never get the same one.
-
-    :param folder: the log folder
-    :param algo: the algorithm
-    :param name: the run's name
-    :param unique: add a UUID to the folder's name
-    :return: the run
-    :raises ZooError: if the folder cannot be made
-    """
+    """Make the next run's folder; two processes never get the same one."""
     number = max((run.number for run in list_runs(folder, algo) if run.name == name), default=0)
     suffix = f"_{uuid.uuid4()}" if unique else ""
     while True:
@@ -221,13 +153,7 @@ def new_run(folder: str, algo: str, name: str, unique: bool = False) -> Run:
 
 
 def continue_evaluations(callback: EvalCallback, path: Path, steps: int) -> None:
-    """
-    Give an evaluation callback the evaluations made before the interruption, so that it adds to them.
-
-    :param callback: the callback, not used yet
-    :param path: ``evaluations.npz``; nothing happens if there is none
-    :param steps: steps of the model that training goes on from; later evaluations will be made again
-    """
+    """Give a new evaluation callback the evaluations up to the step that training continues from; it adds to them."""
     if not path.is_file():
         return
     try:
@@ -245,27 +171,14 @@ def continue_evaluations(callback: EvalCallback, path: Path, steps: int) -> None
 
 
 def save(model: BaseAlgorithm, path: Path, buffer: Path | None) -> None:
-    """
-    Save a model, and its replay buffer before it: wherever this is cut off, a model's buffer is there.
-
-    :param model: the model, an off-policy one if its buffer is saved
-    :param path: the model's file
-    :param buffer: the buffer's file; None: it is not saved
-    """
+    """Save a model, and its replay buffer before it: wherever this is cut off, a model's buffer is there."""
     if buffer is not None:
         cast(OffPolicyAlgorithm, model).save_replay_buffer(buffer)
     model.save(path)
 
 
 class Checkpoints(CheckpointCallback):
-    """
-    SB3's checkpoints and file names, in the order of :func:`save`.
-
-    :param save_freq: calls between checkpoints
-    :param run: the run
-    :param save_replay_buffer: save the replay buffer too
-    :param in_parts: remove old replay buffers
-    """
+    """SB3's checkpoints and file names, in the order of :func:`save`; in parts, old replay buffers are removed."""
 
     def __init__(self, save_freq: int, run: Run, save_replay_buffer: bool, in_parts: bool) -> None:
         super().__init__(save_freq, str(run.path), save_replay_buffer=save_replay_buffer)
@@ -282,11 +195,9 @@ class Checkpoints(CheckpointCallback):
 
 def tidy(run: Run) -> None:
     """
-    Remove what a run that goes on does not need: half-written files, and replay buffers but the newest :data:`KEEP`.
+    Remove half-written files of a run that no other process writes to, and replay buffers but the newest :data:`KEEP`.
 
     A buffer counts if the model that it belongs to can be read; models are never removed.
-
-    :param run: the run, which no other process writes to
     """
     models = [*run.checkpoints().values(), run.final]
     owned = {replay_buffer_of(path): steps for path in models if (steps := steps_of(path)) is not None}

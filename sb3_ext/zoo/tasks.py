@@ -28,25 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """
-    What a run is about.
+    """What a run is about."""
 
-    :param name: id of the dataset, or of the environment
-    :param dataset: the dataset as the user gave it, if there is one
-    :param env: the environment's id as the user gave it, if they did
-    :param env_id: the environment's id, from the user or from the dataset's metadata
-    :param atari: whether that is an Atari game
-    :param observation_space: the dataset's, if its metadata says
-    :param requirements: what the dataset's environment needs, for messages
-    """
-
-    name: str
-    dataset: str | None
-    env: str | None
-    env_id: str | None
-    atari: bool
-    observation_space: spaces.Space[Any] | None = None
-    requirements: Sequence[str] = ()
+    name: str  # id of the dataset, or of the environment
+    dataset: str | None  # as the user gave it
+    env: str | None  # id, as the user gave it
+    env_id: str | None  # from the user or from the dataset's metadata
+    atari: bool  # whether that is an Atari game
+    observation_space: spaces.Space[Any] | None = None  # the dataset's, if its metadata says
+    requirements: Sequence[str] = ()  # what the dataset's environment needs, for messages
 
     @property
     def entries(self) -> list[str]:
@@ -61,11 +51,7 @@ class Task:
 
 
 def use_threads(number: int) -> None:
-    """
-    Let PyTorch compute in so many threads, small networks included.
-
-    :param number: how many; nothing is changed if it is not positive
-    """
+    """Let PyTorch compute in so many threads, small networks included, if the number is positive."""
     import torch as th  # here, because `sb3x data` does without it
 
     if number > 0:
@@ -74,79 +60,49 @@ def use_threads(number: int) -> None:
 
 
 def is_picture(space: spaces.Space[Any] | None) -> bool:
-    """
-    Tell whether observations are pictures.
-
-    :param space: their space
-    :return: True for bytes in two or three dimensions
-    """
+    """Whether observations are pictures: bytes in two or three dimensions."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
 
 
 def policy_for(space: spaces.Space[Any]) -> str:
-    """
-    Choose the kind of network for observations.
-
-    :param space: their space
-    :return: name of the policy
-    """
+    """Name of the policy, and so the kind of network, for observations."""
     if isinstance(space, spaces.Dict):
         return "MultiInputPolicy"
     return "CnnPolicy" if is_picture(space) else "MlpPolicy"
 
 
 def find_task(settings: AgentSettings, algo: Algo, download: bool) -> Task:
-    """
-    Look at what the user wants to train on, without loading data or building an environment.
-
-    :param settings: the command line's flags
-    :param algo: the algorithm
-    :param download: whether a dataset that is not on this machine may be downloaded
-    :return: the task
-    :raises ZooError: if there is no such dataset or environment, or the flags do not fit the algorithm
-    """
+    """Look at what the user wants to train on, without loading data or building an environment."""
     dataset, env = settings.dataset, settings.env
-    if not algo.offline:
-        if dataset and not algo.imitates:
-            raise ZooError(
-                f"{algo.name} learns in an environment, not from a dataset; pass --env instead of --dataset."
-            )
-        if not env:
-            raise ZooError(f"{algo.name} needs an environment: pass --env ID.")
-        check_env_id(env)
-        if dataset and read_metadata(dataset) is None and download:
-            _download(dataset)
-        return Task(env, dataset, env, env, is_atari(env))
-    if not dataset:
-        raise ZooError(f"{algo.name} learns from a dataset: pass --dataset ID.")
+    if dataset and not (algo.offline or algo.imitates):
+        raise ZooError(f"{algo.name} learns in an environment, not from a dataset; pass --env instead of --dataset.")
+    name = dataset if algo.offline else env
+    if not name:
+        needs = "learns from a dataset: pass --dataset ID." if algo.offline else "needs an environment: pass --env ID."
+        raise ZooError(f"{algo.name} {needs}")
     if env:
         check_env_id(env)
-    metadata = read_metadata(dataset)
-    if metadata is None and download:
+    metadata = read_metadata(dataset) if dataset else None
+    if dataset and metadata is None and download:
         metadata = _download(dataset)
-    if metadata is None:
-        return Task(dataset, dataset, env, env, is_atari(env) if env else False)
+    atari = is_atari(env) if env else False
+    if not algo.offline or metadata is None:
+        return Task(name, dataset, env, env, atari)
     spec = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "{}")
     space = metadata.get("observation_space")
     return Task(
-        metadata.get("dataset_id", dataset),
+        metadata.get("dataset_id", name),
         dataset,
         env,
         env or spec.get("id"),
-        is_atari(env) if env else "AtariEnv" in str(spec.get("entry_point")),
+        atari if env else "AtariEnv" in str(spec.get("entry_point")),
         deserialize_space(space) if space else None,
         metadata.get("requirements", ()),
     )
 
 
 def read_metadata(dataset: str) -> dict[str, Any] | None:
-    """
-    Read a local dataset's metadata; its environment is not built.
-
-    :param dataset: id or path
-    :return: the metadata, or None if the dataset is not on this machine
-    :raises ZooError: if the metadata is damaged, or the folder is no dataset
-    """
+    """Metadata of a dataset given by id or path, None if it is not on this machine; no environment is built."""
     path = Path(dataset)
     for folder in (path, path / "data", Path(get_dataset_path(dataset)) / "data"):
         if (file := folder / "metadata.json").is_file():
@@ -174,12 +130,7 @@ def _download(dataset: str) -> dict[str, Any] | None:
 
 
 def check_env_id(env_id: str) -> None:
-    """
-    Make sure that an environment is registered; ``module:id`` imports the module first.
-
-    :param env_id: the id
-    :raises ZooError: if it is not
-    """
+    """Make sure that an environment is registered; ``module:id`` imports the module first."""
     if env_id.startswith("ALE/"):
         try:
             import ale_py
@@ -195,23 +146,12 @@ def check_env_id(env_id: str) -> None:
 
 
 def is_atari(env_id: str) -> bool:
-    """
-    Tell whether a registered environment is an Atari game.
-
-    :param env_id: the id
-    :return: whether it is
-    """
+    """Whether a registered environment is an Atari game."""
     return "AtariEnv" in str(gym.spec(env_id).entry_point)
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env[Any, Any]:
-    """
-    Build one bare environment; Atari games follow the protocol of :func:`~sb3_ext.data.make_atari_env`.
-
-    :param env_id: the id
-    :param render_mode: as in ``gymnasium.make``
-    :return: the environment
-    """
+    """Build one bare environment; Atari games follow the protocol of :func:`~sb3_ext.data.make_atari_env`."""
     if is_atari(env_id):
         return make_atari_env(env_id.removeprefix("ALE/").partition("-")[0], render_mode=render_mode)
     return gym.make(env_id, render_mode=render_mode)
@@ -229,17 +169,13 @@ def make_envs(
     render_mode: str | None = None,
 ) -> VecEnv:
     """
-    Build an environment given by id, see :func:`make_env`, as an agent sees it.
+    Build an environment given by id, see :func:`make_env`, as an agent sees it: monitored, pictures channel first.
 
-    :param env_id: the id
-    :param n_envs: copies
     :param seed: seed of the first copy; the others count up
     :param frame_stack: frames per observation; default 4 for pictures with one channel, else 1
     :param like: observation space of a model; pictures are stacked to fit it
     :param monitor: folder for ``<i>.monitor.csv``, which are added to if they exist
     :param training: clip the rewards of Atari games to [-1, 1]; the monitor still sees the score
-    :param render_mode: as in ``gymnasium.make``
-    :return: the environment, monitored, pictures channel first
     """
     from stable_baselines3.common.monitor import Monitor  # here, because it brings PyTorch
     from stable_baselines3.common.vec_env import DummyVecEnv
@@ -271,36 +207,25 @@ def _stack(env: gym.Env[Any, Any], frame_stack: int | None, like: spaces.Space[A
 
 def make_model_envs(task: Task, model: BaseAlgorithm, **kwargs: Any) -> VecEnv:
     """
-    Build the environment that a model plays in: the user's, else the one that the dataset's metadata names.
+    Build the environment that a model plays in: the user's, else the one of the dataset, whose code its metadata names.
 
-    The latter runs the code that the metadata names.
-
-    :param task: the task
-    :param model: the model
     :param kwargs: arguments that :func:`make_envs` and :func:`~sb3_ext.data.make_eval_env` share
-    :return: the environment
-    :raises ZooError: if what it needs is not installed, or its spaces are not the model's
     """
     if task.env:
         env = make_envs(task.env, like=model.observation_space, **kwargs)
     else:
-        env = _make_dataset_envs(task, **kwargs)
+        from sb3_ext.data import make_eval_env  # here, because it brings PyTorch
+
+        assert task.dataset is not None
+        try:
+            env = make_eval_env(task.dataset, **kwargs)
+        except (ImportError, gym.error.Error) as error:
+            reason = " ".join(str(error).split())
+            needs = f"; it needs {', '.join(task.requirements)}" if task.requirements else ""
+            raise ZooError(f"The environment of {task.name} cannot be built ({reason}){needs}.") from error
     for what in ("observation_space", "action_space"):
         ours, theirs = getattr(model, what), getattr(env, what)
         if ours != theirs:
             env.close()
             raise ZooError(f"The model's {what} is {ours}, the environment's is {theirs}; they must be the same.")
     return env
-
-
-def _make_dataset_envs(task: Task, **kwargs: Any) -> VecEnv:
-    from sb3_ext.data import make_eval_env  # here, because it brings PyTorch
-
-    assert task.dataset is not None
-    try:
-        return make_eval_env(task.dataset, **kwargs)
-    except (ImportError, gym.error.Error) as error:
-        needs = f"; it needs {', '.join(task.requirements)}" if task.requirements else ""
-        raise ZooError(
-            f"The environment of {task.name} cannot be built ({' '.join(str(error).split())}){needs}."
-        ) from error

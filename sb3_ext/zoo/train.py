@@ -22,6 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import TqdmExperimentalWarning
 
+from sb3_ext.zoo import runs
 from sb3_ext.zoo.config import (
     Algo,
     Config,
@@ -32,19 +33,7 @@ from sb3_ext.zoo.config import (
     read_entries,
     resolve,
 )
-from sb3_ext.zoo.runs import (
-    Checkpoints,
-    Run,
-    continue_evaluations,
-    list_runs,
-    new_run,
-    numbered_buffer,
-    replay_buffer_of,
-    save,
-    slug,
-    steps_of,
-    tidy,
-)
+from sb3_ext.zoo.runs import Run, slug, steps_of
 from sb3_ext.zoo.settings import TrainSettings
 from sb3_ext.zoo.tasks import Task, find_task, make_envs, make_model_envs, policy_for, use_threads
 
@@ -63,11 +52,7 @@ class StopOnSignal(BaseCallback):
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopOnSignal]:
-    """
-    Let the first SIGINT or SIGTERM end ``learn`` early; the second one interrupts at once.
-
-    :return: the callback for ``learn``
-    """
+    """Give a callback that ends ``learn`` at the first SIGINT or SIGTERM; the second one interrupts at once."""
     callback = StopOnSignal()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -86,13 +71,7 @@ def stop_on_signal() -> Iterator[StopOnSignal]:
 
 
 def train(settings: TrainSettings, words: list[str]) -> None:
-    """
-    Train an agent.
-
-    :param settings: the command line's flags
-    :param words: the command line
-    :raises ZooError: if something is wrong that the user can put right
-    """
+    """Train an agent."""
     algo = load_algo(settings.algo)
     overrides = parse_overrides(algo, settings.hyperparams)
     file, entries = read_entries(algo, settings.conf_file)
@@ -111,16 +90,16 @@ def train(settings: TrainSettings, words: list[str]) -> None:
     if settings.dry_run:
         _print_plan(settings, task, config, start)
         return
-    if start is not None and settings.resume and (steps_of(start) or 0) >= config.n_timesteps:
-        print(f"The run in {start.parent} has {steps_of(start)} steps; nothing is left to do.")
+    if start is not None and settings.resume and (done := steps_of(start) or 0) >= config.n_timesteps:
+        print(f"The run in {start.parent} has {done} steps; nothing is left to do.")
         return
     if settings.seed < 0:
         settings = replace(settings, seed=int(np.random.default_rng().integers(2**31)))
     use_threads(settings.num_threads)
     fresh = run is None
     if run is not None:
-        tidy(run)
-    run = run or new_run(settings.log_folder, algo.name, slug(task.name), settings.uuid)
+        runs.tidy(run)
+    run = run or runs.new_run(settings.log_folder, algo.name, slug(task.name), settings.uuid)
     with ExitStack() as envs:
         try:
             with one_line_errors():
@@ -156,30 +135,24 @@ def _find_start(settings: TrainSettings, algo: Algo, config: Config, name: str) 
     """Run to go on with and model to start from, if there are any; and the seed."""
     if settings.trained_agent:
         return None, Path(settings.trained_agent), settings.seed
-    runs = [run for run in list_runs(settings.log_folder, settings.algo) if run.name == name] if settings.resume else []
-    if not runs:
+    there = runs.list_runs(settings.log_folder, settings.algo) if settings.resume else []
+    earlier = [run for run in there if run.name == name]
+    if not earlier:
         return None, None, settings.seed
-    run = runs[-1]
+    run = earlier[-1]
+    started, anew = f"{run.path} was started with", "start a new run without --resume."
     now, then = config.hyperparams, run.read("config")
-    changed = [k for k in sorted({*now, *then}) if then and k != "n_timesteps" and now.get(k) != then.get(k)]
-    if changed:
-        key = changed[0]
-        raise ZooError(
-            f"{run.path} was started with {key} {then.get(key)!r}, not {now.get(key)!r}; give the same settings, or "
-            "start a new run without --resume."
-        )
+    for key in sorted({*now, *then} - {"n_timesteps"}) if then else ():
+        if now.get(key) != then.get(key):
+            change = f"{key} {then.get(key)!r}, not {now.get(key)!r}"
+            raise ZooError(f"{started} {change}; give the same settings, or {anew}")
     flags = run.read("args")
     dataset = flags.get("dataset", settings.dataset)
     if algo.imitates and dataset != settings.dataset:  # the others' runs have the dataset's name
-        raise ZooError(
-            f"{run.path} was started with the dataset {dataset}, not {settings.dataset}; start a new run without "
-            "--resume."
-        )
+        raise ZooError(f"{started} the dataset {dataset}, not {settings.dataset}; {anew}")
     seed = flags.get("seed", settings.seed)
     if settings.seed not in (-1, seed):
-        raise ZooError(
-            f"{run.path} was started with seed {seed}, not {settings.seed}; start a new run without --resume."
-        )
+        raise ZooError(f"{started} seed {seed}, not {settings.seed}; {anew}")
     newest = run.newest()
     return run, newest[1] if newest else None, seed
 
@@ -255,7 +228,7 @@ def _build_model(
         model.set_dataset(task.dataset)
     elif algo.imitates:
         model.set_demonstrations(task.dataset)
-    elif (buffer := replay_buffer_of(start)).is_file():
+    elif (buffer := runs.replay_buffer_of(start)).is_file():
         model.load_replay_buffer(buffer)
     elif settings.verbose > 0:
         print(f"{buffer.name} was not saved (--save-replay-buffer), so the replay buffer starts empty.")
@@ -269,7 +242,7 @@ def _callbacks(
     callbacks: list[BaseCallback] = []
     if save_freq := _save_freq(settings, config):
         every = max(save_freq // config.n_envs, 1)
-        callbacks.append(Checkpoints(every, run, settings.save_replay_buffer, in_parts=settings.resume))
+        callbacks.append(runs.Checkpoints(every, run, settings.save_replay_buffer, in_parts=settings.resume))
     if settings.eval_freq:
         eval_env = make_model_envs(
             task, model, n_envs=settings.n_eval_envs, seed=settings.seed, frame_stack=config.frame_stack
@@ -285,7 +258,7 @@ def _callbacks(
             verbose=min(settings.verbose, 1),
         )
         if settings.resume:
-            continue_evaluations(evaluation, run.path / "evaluations.npz", model.num_timesteps)
+            runs.continue_evaluations(evaluation, run.path / "evaluations.npz", model.num_timesteps)
         callbacks.append(evaluation)
     if settings.resume:
         for callback in callbacks:  # save and evaluate at the same steps as without the interruption
@@ -311,9 +284,11 @@ def _learn(
             )
         except FloatingPointError as error:
             raise ZooError(f"Training stopped at step {model.num_timesteps}: {error}") from error
-        buffer = numbered_buffer(run.final, model.num_timesteps) if settings.resume else run.path / "replay_buffer.pkl"
-        save(model, run.final, buffer if settings.save_replay_buffer else None)
+        buffer = run.path / "replay_buffer.pkl"
         if settings.resume:
-            tidy(run)
+            buffer = runs.numbered_buffer(run.final, model.num_timesteps)
+        runs.save(model, run.final, buffer if settings.save_replay_buffer else None)
+        if settings.resume:
+            runs.tidy(run)
     if settings.verbose > 0:
         print(f"{'Interrupted' if stop.requested else 'Finished'} at step {model.num_timesteps}, saved {run.final}")

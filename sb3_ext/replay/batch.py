@@ -14,12 +14,7 @@ _ALIGN = 16
 
 
 class PrioritizedReplayBufferSamples(NamedTuple):
-    """
-    SB3's ``ReplayBufferSamples`` with two more fields.
-
-    :param weights: importance weights, ``[B, 1]``
-    :param indices: for ``update_priorities``, ``[B]``
-    """
+    """SB3's samples with importance ``weights``, ``[B, 1]``, and the ``indices`` for ``update_priorities``, ``[B]``."""
 
     observations: Any
     actions: th.Tensor
@@ -40,29 +35,15 @@ class ReplayHooks(Protocol):
     """
 
     def weights(self, batch: Any) -> th.Tensor | None:
-        """
-        Importance weights of samples.
-
-        :param batch: what ``sample`` returned
-        :return: ``[B, 1]``; None: every sample counts the same, and no errors are wanted
-        """
+        """Importance weights of a batch, ``[B, 1]``; None: all samples count the same, and no errors are wanted."""
         return None
 
     def update_priorities(self, indices: NDArray[np.int64], td_errors: NDArray[Any]) -> None:
-        """
-        Learn from the errors of a batch.
-
-        :param indices: ``batch.indices``
-        :param td_errors: of any sign, ``[B]``
-        """
+        """Learn from the errors of a batch, of any sign, ``[B]``, given its ``indices``."""
         return
 
     def set_progress(self, remaining: float) -> None:
-        """
-        Say how far the run is.
-
-        :param remaining: share of the run that is left, 1 to 0
-        """
+        """Say how far the run is: which share of it is left, 1 to 0."""
         return
 
     def end_sequences(self) -> None:
@@ -71,11 +52,7 @@ class ReplayHooks(Protocol):
 
 
 class _Foreign(ReplayHooks):
-    """
-    The hooks that a buffer of somebody else has.
-
-    :param buffer: the buffer
-    """
+    """The hooks that a buffer of somebody else has."""
 
     def __init__(self, buffer: Any) -> None:
         for name in ("update_priorities", "set_progress", "end_sequences"):
@@ -89,12 +66,7 @@ class _Foreign(ReplayHooks):
 
 
 def hooks_of(buffer: Any) -> ReplayHooks:
-    """
-    Find a replay buffer's hooks.
-
-    :param buffer: ours, SB3's or somebody else's
-    :return: the buffer itself if it has them all; else those it has, the others doing nothing
-    """
+    """A buffer's hooks: it itself if it has them all; else those it has, the others doing nothing."""
     return buffer if isinstance(buffer, ReplayHooks) else _Foreign(buffer)
 
 
@@ -102,12 +74,9 @@ def n_step_returns(
     rewards: NDArray[np.floating[Any]], counts: NDArray[np.integer[Any]], gamma: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """
-    Discounted sums of the first rewards of each row: ``sum_{i < m} gamma^i r_i``, and ``gamma^m`` for what follows.
+    Discounted sums of the first rewards of each row, ``sum_{i < m} gamma^i r_i``, and ``gamma^m`` for what follows.
 
-    :param rewards: ``[B, n]``; ignored from ``counts`` on
-    :param counts: rewards of each row that belong to its sequence, m, ``[B]``, from 0 to n
-    :param gamma: discount factor
-    :return: sums and discounts, ``[B]``
+    Of the rewards ``[B, n]`` those of the row's sequence count, m from 0 to n, ``counts`` ``[B]``.
     """
     steps = np.arange(rewards.shape[1])
     weights = np.where(steps < counts[:, None], gamma**steps, 0)
@@ -123,48 +92,21 @@ def _mapped(part: Any, function: Callable[[NDArray[Any]], Any]) -> Any:
 
 def to_device(parts: Sequence[Any], device: th.device) -> list[Any]:
     """
-    Make tensors of arrays: without a copy on a CPU, in one transfer elsewhere.
+    Make tensors of arrays, and of dictionaries of arrays: without a copy on a CPU, in one transfer elsewhere.
 
-    :param parts: arrays of any shapes and dtypes, dictionaries of arrays; tensors and None stay as they are
-    :param device: where the tensors go
-    :return: tensors and dictionaries of tensors, in the same order
+    Tensors and None stay as they are.
     """
     if device.type == "cpu":
         return [_mapped(part, th.from_numpy) for part in parts]
     arrays: list[NDArray[Any]] = []
     for part in parts:
         _mapped(part, arrays.append)
-    packed, starts = pack(arrays)
-    there = unpack(th.from_numpy(packed).to(device, non_blocking=True), arrays, starts)
-    tensors = iter(there)
+    starts = np.cumsum([0, *(-(-array.nbytes // _ALIGN) * _ALIGN for array in arrays)]).tolist()
+    packed = np.empty(starts[-1], np.uint8)
+    spans = [slice(start, start + array.nbytes) for start, array in zip(starts[:-1], arrays, strict=True)]
+    for array, span in zip(arrays, spans, strict=True):
+        packed[span].view(array.dtype).reshape(array.shape)[...] = array
+    there = th.from_numpy(packed).to(device, non_blocking=True)
+    dtypes = [th.from_numpy(np.empty(0, array.dtype)).dtype for array in arrays]
+    tensors = (there[span].view(dtype).reshape(a.shape) for a, dtype, span in zip(arrays, dtypes, spans, strict=True))
     return [_mapped(part, lambda _: next(tensors)) for part in parts]
-
-
-def pack(arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[np.uint8], list[int]]:
-    """
-    Copy arrays into one row of bytes.
-
-    :param arrays: the arrays
-    :return: the bytes, and where each array begins
-    """
-    sizes = [-(-array.nbytes // _ALIGN) * _ALIGN for array in arrays]
-    starts = [sum(sizes[:k]) for k in range(len(sizes))]
-    packed = np.empty(sum(sizes), np.uint8)
-    for array, start in zip(arrays, starts, strict=True):
-        packed[start : start + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
-    return packed, starts
-
-
-def unpack(packed: th.Tensor, arrays: Sequence[NDArray[Any]], starts: Sequence[int]) -> list[th.Tensor]:
-    """
-    Undo :func:`pack` without a copy.
-
-    :param packed: the bytes, on any device
-    :param arrays: for their shapes and dtypes
-    :param starts: where each begins
-    :return: the tensors
-    """
-    return [
-        packed[start : start + array.nbytes].view(th.from_numpy(np.empty(0, array.dtype)).dtype).reshape(array.shape)
-        for array, start in zip(arrays, starts, strict=True)
-    ]

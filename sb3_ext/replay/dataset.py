@@ -21,14 +21,9 @@ def discounted_returns(
     rewards: NDArray[np.float32], remaining: NDArray[np.integer[Any]], gamma: float
 ) -> NDArray[np.float64]:
     """
-    Discounted return from every step to the end of its episode.
+    Discounted return ``[N]`` from every step of all episodes; ``remaining`` steps of each are left, with this one.
 
     Doubles the horizon in each pass: ``G_2m(t) = G_m(t) + gamma^m G_m(t + m)``, so 27,000 steps take 15 passes.
-
-    :param rewards: rewards of all episodes one after the other, ``[N]``
-    :param remaining: steps left in the episode including this one, ``[N]``
-    :param gamma: discount factor
-    :return: returns, ``[N]``, in units of reward
     """
     returns = rewards.astype(np.float64)
     span = 1
@@ -65,13 +60,9 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
     :param rewards: reward received, ``[N]``; likewise
     :param terminated: whether that step ended the task, ``[N]``
     :param lengths: steps of each episode, ``[n_episodes]``; ``sum(lengths + 1) == N``
-    :param observation_space: space of the stacks the agent sees
-    :param action_space: the action space
-    :param frame_stack: frames per observation
+    :param observation_space: space of the stacks the agent sees, of ``frame_stack`` frames each
     :param padding_type: what stands before an episode's first frame: ``"zero"``, or ``"reset"`` for that frame again
-    :param n_steps: sum this many rewards before bootstrapping
-    :param gamma: discount factor of that sum
-    :param device: where batches go
+    :param n_steps: sum this many rewards, discounted by ``gamma``, before bootstrapping
     :param seed: seed of the sampler, which has its own generator so that evaluation does not disturb training
     :raises ValueError: if the arrays do not fit together, there is no transition, or ``padding_type`` is none
     """
@@ -129,11 +120,7 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
         return len(self.lengths)
 
     def seed(self, seed: int | None) -> None:
-        """
-        Restart the sampler.
-
-        :param seed: its seed; None takes fresh entropy
-        """
+        """Restart the sampler; None takes fresh entropy."""
         self.rng = np.random.default_rng(seed)
 
     @property
@@ -146,45 +133,23 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
         self.rng.bit_generator.state = state
 
     def add(self, *args: Any, **kwargs: Any) -> None:
-        """
-        Refuse: the dataset is fixed.
-
-        :raises TypeError: always
-        """
+        """Refuse: the dataset is fixed."""
         raise TypeError("An offline dataset is fixed; to add transitions, fine-tune with learn_online().")
 
     def reset(self) -> None:
-        """
-        Refuse: the dataset is fixed.
-
-        :raises TypeError: always
-        """
+        """Refuse: the dataset is fixed."""
         raise TypeError("An offline dataset is fixed and cannot be reset.")
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
-        """
-        Draw transitions uniformly with replacement.
-
-        :param batch_size: B
-        :param env: VecNormalize to apply, as in SB3
-        :return: observations and next observations ``[B, *obs_shape]`` in the dtype they are stored in, actions
-            ``[B, 1]`` or ``[B, action_dim]``, dones and rewards ``[B, 1]``, discounts ``[B, 1]`` (None if
-            ``n_steps == 1``)
-        """
+        """Draw transitions uniformly with replacement; observations have the dtype they are stored in."""
         return self._get_samples(self.rng.integers(0, self.buffer_size, size=batch_size), env)
 
     def _get_samples(self, batch_inds: NDArray[np.int64], env: VecNormalize | None = None) -> ReplayBufferSamples:
         rows = self._rows[batch_inds].astype(np.int64)
-        age = self._age[rows].astype(np.int64)
-        observations, next_observations = gather_stacks(self.frames, rows, age, self.frame_stack, self.padding_type)
-        last, discounts = rows, None
-        if self.n_steps == 1:
-            rewards = self._normalize_reward(self.rewards[rows].astype(np.float32), env)
-        else:
-            last, rewards, discounts = self._n_step(rows, env)
-            next_observations = gather_stacks(
-                self.frames, last, self._age[last].astype(np.int64), self.frame_stack, self.padding_type
-            )[1]
+        last, rewards, discounts = self._n_step(rows, env)
+        observations, next_observations = self._stacks(rows)
+        if last is not rows:
+            next_observations = self._stacks(last)[1]
         observations, next_observations, actions, dones, rewards, discounts = to_device(
             (
                 self._normalized(observations, env),
@@ -198,6 +163,10 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
         )
         return ReplayBufferSamples(observations, actions, next_observations, dones, rewards, discounts)
 
+    def _stacks(self, rows: NDArray[np.int64]) -> tuple[Any, Any]:
+        age = self._age[rows].astype(np.int64)
+        return gather_stacks(self.frames, rows, age, self.frame_stack, self.padding_type)
+
     def _normalized(self, observations: Any, env: VecNormalize | None) -> Any:
         if env is not None and isinstance(observations, th.Tensor):
             observations = observations.cpu().numpy()
@@ -205,33 +174,23 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
 
     def _n_step(
         self, rows: NDArray[np.int64], env: VecNormalize | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None]:
         """Last row, summed reward and discount of the n-step return; the sum stops with the episode."""
+        if self.n_steps == 1:
+            return rows, self._normalize_reward(self.rewards[rows].astype(np.float32), env), None
         count = np.minimum(self.n_steps, self._left[rows])
         window = rows[:, None] + np.minimum(np.arange(self.n_steps), count[:, None] - 1)
         rewards, discounts = n_step_returns(self._normalize_reward(self.rewards[window], env), count, self.gamma)
         return rows + count - 1, rewards.astype(np.float32), discounts.astype(np.float32)
 
     def discounted_returns(self, gamma: float, rewards: NDArray[np.float32] | None = None) -> NDArray[np.float64]:
-        """
-        Discounted return from each transition to the end of its episode.
-
-        :param gamma: discount factor
-        :param rewards: rewards per row to use instead of the stored ones, for instance clipped
-        :return: returns, ``[n_transitions]``
-        """
+        """Discounted return from each transition, ``[n_transitions]``; ``rewards``, ``[N]``, instead of the stored."""
         per_row = discounted_returns(self.rewards if rewards is None else rewards, self._left, gamma)
         returns: NDArray[np.float64] = per_row[self._rows]
         return returns
 
     def largest_return(self, gamma: float, rewards: NDArray[np.float32] | None = None) -> float:
-        """
-        Largest discounted return from anywhere; a truncated episode counts as if it had gone on with its mean reward.
-
-        :param gamma: discount factor
-        :param rewards: as for :meth:`discounted_returns`
-        :return: it
-        """
+        """Largest discounted return; a truncated episode counts as if it had gone on with its mean reward."""
         returns = self.discounted_returns(gamma, rewards)
         earned = (self.rewards if rewards is None else rewards)[self._rows].astype(np.float64)
         ends = np.cumsum(self.lengths)
@@ -241,21 +200,13 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
         return float(returns.max())
 
     def episode_returns(self) -> NDArray[np.float64]:
-        """
-        Undiscounted return of each episode.
-
-        :return: ``[n_episodes]``
-        """
+        """Undiscounted return of each episode, ``[n_episodes]``."""
         starts = np.cumsum(self.lengths) - self.lengths
         returns: NDArray[np.float64] = np.add.reduceat(self.rewards[self._rows].astype(np.float64), starts)
         return returns
 
     def action_counts(self) -> NDArray[np.int64]:
-        """
-        How often each action was taken.
-
-        :return: ``[A]``
-        """
+        """How often each action was taken, ``[A]``."""
         assert isinstance(self.action_space, spaces.Discrete)
         return np.bincount(self.actions[self._rows], minlength=int(self.action_space.n))
 
@@ -264,9 +215,7 @@ class PrioritizedOfflineReplayBuffer(OfflineReplayBuffer):
     """
     A fixed dataset, drawn from by priority; made by ``load_minari(..., prioritized=...)``.
 
-    :param args: see :class:`~sb3_ext.replay.dataset.OfflineReplayBuffer`
     :param prioritized: arguments of :class:`~sb3_ext.replay.priorities.Priorities`
-    :param kwargs: see :class:`~sb3_ext.replay.dataset.OfflineReplayBuffer`
     """
 
     def __init__(self, *args: Any, prioritized: dict[str, Any], **kwargs: Any) -> None:
@@ -290,13 +239,7 @@ class PrioritizedOfflineReplayBuffer(OfflineReplayBuffer):
     def sample(  # type: ignore[override]
         self, batch_size: int, env: VecNormalize | None = None
     ) -> PrioritizedReplayBufferSamples:
-        """
-        Draw transitions in proportion to their priorities.
-
-        :param batch_size: B
-        :param env: VecNormalize to apply
-        :return: see :meth:`PrioritizedReplayBuffer.sample`
-        """
+        """Draw transitions in proportion to their priorities."""
         indices, weights = self.priorities.draw(batch_size)
         (there,) = to_device((weights.reshape(-1, 1),), self.device)
         return PrioritizedReplayBufferSamples(*self._get_samples(indices, env), there, indices)

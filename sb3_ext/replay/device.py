@@ -16,16 +16,7 @@ _CHUNK = 4096
 
 
 class DeviceFrames:
-    """
-    Frames on a device, with a frame of zeros in row ``blank``.
-
-    It is a :class:`~sb3_ext.replay.frames.FrameStore` that gives tensors.
-
-    :param count: frames, N
-    :param shape: of a frame
-    :param dtype: of a frame
-    :param device: where they lie
-    """
+    """A :class:`~sb3_ext.replay.frames.FrameStore` on a device, with a frame of zeros in row ``blank``."""
 
     def __init__(self, count: int, shape: tuple[int, ...], dtype: np.dtype[Any], device: th.device) -> None:
         self.shape, self.dtype, self.blank = shape, dtype, count
@@ -33,13 +24,7 @@ class DeviceFrames:
 
     @classmethod
     def copy_of(cls, frames: FrameStore, device: th.device) -> DeviceFrames:
-        """
-        Copy all frames of a store to a device.
-
-        :param frames: the store
-        :param device: where to
-        :return: the copy
-        """
+        """Copy all frames of a store to a device."""
         copy = cls(len(frames), frames.shape, frames.dtype, device)
         for start in range(0, len(frames), _CHUNK):
             copy.write(start, frames.take(np.arange(start, min(start + _CHUNK, len(frames)))))
@@ -49,12 +34,7 @@ class DeviceFrames:
         return self.blank
 
     def write(self, row: int, frames: NDArray[Any]) -> None:
-        """
-        Copy neighbours in.
-
-        :param row: of the first of them
-        :param frames: ``[n, *shape]``
-        """
+        """Copy neighbours in, ``[n, *shape]``, the first of them to ``row``."""
         self._frames[row : row + len(frames)] = th.from_numpy(frames)
 
     def take(self, rows: NDArray[np.int64]) -> th.Tensor:
@@ -64,13 +44,9 @@ class DeviceFrames:
 
 class DeviceRings:
     """
-    A copy of a ring store's frames on a device, brought up to date when windows are drawn: a batch of image stacks
-    never crosses the bus.
+    A copy of a ring store's frames on a device, brought up to date when windows are drawn.
 
     It takes as much memory there as the store has here: 0.7 GB for 100,000 frames of 84x84.
-
-    :param store: the frames
-    :param device: where the copy lies
     """
 
     def __init__(self, store: RingStore, device: th.device) -> None:
@@ -79,13 +55,7 @@ class DeviceRings:
         self._frames = DeviceFrames(n_envs * n_rows, tuple(shape), store.frames.dtype, device)
 
     def take_windows(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> th.Tensor:
-        """
-        Copy windows of observations out; see :meth:`~sb3_ext.replay.rings.RingStore.take_windows`.
-
-        :param indices: transitions whose observations come first, ``[B]``
-        :param last: transitions whose next observations follow, ``[B, L]``
-        :return: ``[B, L + 1, *shape]``, on the device
-        """
+        """See :meth:`~sb3_ext.replay.rings.RingStore.take_windows`; the result is on the device."""
         self._update()
         stacks = self._frames.take(self._store.window_rows(indices, last))  # [B, L + 1, k, C, ...]
         return stacks.flatten(2, 3)

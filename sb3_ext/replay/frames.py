@@ -8,6 +8,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+Ints = NDArray[np.int64]
 BLOCK = 16
 """Frames per compressed block: neighbours share most pixels, and a stack of four touches at most two blocks."""
 
@@ -25,22 +26,13 @@ class FrameStore(Protocol):
         """Return the number of frames."""
         ...
 
-    def take(self, rows: NDArray[np.int64]) -> Any:
-        """
-        Copy frames out of the store.
-
-        :param rows: row numbers, any shape ``[...]``
-        :return: frames, ``[..., *shape]``, an array; a tensor if they lie on a GPU
-        """
+    def take(self, rows: Ints) -> Any:
+        """Copy the frames of ``rows``, ``[...]``, out: ``[..., *shape]``, an array; a tensor if they lie on a GPU."""
         ...
 
 
 class ArrayFrames:
-    """
-    Frames in one array, in RAM or memory-mapped.
-
-    :param array: frames, ``[N, *shape]``; a ``numpy.memmap`` stays on disk and is paged in by the system
-    """
+    """Frames in one array, ``[N, *shape]``; a ``numpy.memmap`` stays on disk and is paged in by the system."""
 
     def __init__(self, array: NDArray[Any]) -> None:
         self.array = array
@@ -53,7 +45,7 @@ class ArrayFrames:
     def __len__(self) -> int:
         return len(self.array)
 
-    def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+    def take(self, rows: Ints) -> NDArray[Any]:
         """See :meth:`FrameStore.take`."""
         if self._flat is None:
             raise IndexError("The frame store is empty.")
@@ -70,20 +62,13 @@ class BlockFrames:
 
     Every block carries a checksum.
 
-    :param data: the concatenated compressed blocks, ``[n_bytes]`` uint8 (RAM or memory-mapped)
+    :param data: the concatenated compressed blocks, ``[n_bytes]`` (RAM or memory-mapped)
     :param offsets: where each block starts, and the end of the last one, ``[n_blocks + 1]``
     :param length: number of frames
-    :param shape: shape of one frame
-    :param dtype: dtype of one frame
     """
 
     def __init__(
-        self,
-        data: NDArray[np.uint8],
-        offsets: NDArray[np.int64],
-        length: int,
-        shape: tuple[int, ...],
-        dtype: np.dtype[Any],
+        self, data: NDArray[np.uint8], offsets: Ints, length: int, shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> None:
         self.data, self.offsets, self.length, self.shape, self.dtype = data, offsets, length, shape, dtype
         self._frame_bytes = int(np.prod(shape)) * dtype.itemsize
@@ -92,19 +77,11 @@ class BlockFrames:
     def __len__(self) -> int:
         return self.length
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_decoder"}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BlockFrames, (self.data, self.offsets, self.length, self.shape, self.dtype)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._decoder = zstandard.ZstdDecompressor()
-
-    def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """
-        See :meth:`FrameStore.take`.
-
-        :raises OSError: if a block is damaged
-        """
+    def take(self, rows: Ints) -> NDArray[Any]:
+        """See :meth:`FrameStore.take`; a damaged block is an ``OSError``."""
         flat = rows.reshape(-1)
         out = np.empty((len(flat), *self.shape), self.dtype)
         blocks, inverse = np.unique(flat // BLOCK, return_inverse=True)
@@ -131,83 +108,53 @@ class BlockFrames:
 
 
 class BlockWriter:
-    """
-    Append frames to a compressed file.
-
-    :param file: binary file open for writing
-    :param level: zstd level; higher is smaller and slower to write, reading speed stays the same
-    """
+    """Append frames to a compressed file; a higher zstd ``level`` is smaller and slower to write, not to read."""
 
     def __init__(self, file: BinaryIO, level: int = 3) -> None:
         self._file, self._encoder = file, zstandard.ZstdCompressor(level=level, write_checksum=True)
         self._pending: list[NDArray[Any]] = []
-        self._n_pending = 0
         self._ends = [0]
 
     def append(self, frames: NDArray[Any]) -> None:
-        """
-        Add frames at the end.
-
-        :param frames: ``[n, *shape]``
-        """
+        """Add frames, ``[n, *shape]``, at the end."""
         self._pending.append(frames)
-        self._n_pending += len(frames)
-        if self._n_pending >= BLOCK:
+        if sum(map(len, self._pending)) >= BLOCK:
             self._flush(final=False)
 
     def _flush(self, final: bool) -> None:
         frames = np.concatenate(self._pending) if self._pending else np.empty(0, np.uint8)
         stop = len(frames) if final else len(frames) - len(frames) % BLOCK
         for start in range(0, stop, BLOCK):
-            block = self._encoder.compress(frames[start : min(start + BLOCK, stop)].tobytes())
+            block = self._encoder.compress(frames[start : start + BLOCK].tobytes())
             self._file.write(block)
             self._ends.append(self._ends[-1] + len(block))
-        self._pending, self._n_pending = [frames[stop:]], len(frames) - stop
+        self._pending = [frames[stop:]]
 
-    def finish(self) -> NDArray[np.int64]:
-        """
-        Write the last, shorter block.
-
-        :return: the offsets for :class:`BlockFrames`
-        """
+    def finish(self) -> Ints:
+        """Write the last, shorter block; the offsets for :class:`BlockFrames`."""
         self._flush(final=True)
         return np.array(self._ends, np.int64)
 
 
 def pack_frames(frames: NDArray[Any]) -> tuple[bytes, tuple[int, ...], str]:
-    """
-    Compress one episode's frames, losslessly.
-
-    :param frames: ``[n, *shape]``
-    :return: bytes, shape and dtype, for :func:`unpack_frames`
-    """
+    """Compress frames, ``[n, *shape]``, losslessly: bytes, shape and dtype, for :func:`unpack_frames`."""
     return zstandard.ZstdCompressor(level=3).compress(frames.tobytes()), frames.shape, frames.dtype.str
 
 
 def unpack_frames(data: bytes, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    """
-    Undo :func:`pack_frames`.
-
-    :param data: the compressed bytes
-    :param shape: shape of all frames, ``[n, *shape]``
-    :param dtype: dtype string
-    :return: the frames, read-only
-    """
+    """Undo :func:`pack_frames`; the frames are read-only."""
     return np.frombuffer(zstandard.ZstdDecompressor().decompress(data), np.dtype(dtype)).reshape(shape)
 
 
-def stack_rows(
-    rows: NDArray[np.int64], age: NDArray[np.int64], frame_stack: int, length: int = 1
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def stack_rows(rows: Ints, age: Ints, frame_stack: int, length: int = 1) -> tuple[Ints, NDArray[np.bool_]]:
     """
-    Rows that make up the stacks of ``rows`` and of the ``length`` rows after them.
+    Rows that make up the stacks of ``rows`` and of the ``length`` rows after them (1: of ``s`` and ``s'``).
 
     Frames from before the episode start do not exist: their place gets the episode's first row and a mark.
 
     :param rows: newest frame of each first stack, ``[B]``
     :param age: steps since the episode began at each of these rows, ``[B]``
     :param frame_stack: frames per stack, k
-    :param length: how many following rows to append; 1 gives ``s`` and ``s'``
     :return: rows ``[B, k + length]`` oldest first, and a mask of the same shape that is True where no frame exists
     """
     offsets = np.arange(1 - frame_stack, length + 1)
@@ -216,35 +163,20 @@ def stack_rows(
 
 
 def check_padding_type(padding_type: str) -> str:
-    """
-    Refuse what is no padding type.
-
-    :param padding_type: ``"zero"`` or ``"reset"``
-    :return: it
-    :raises ValueError: if it is another
-    """
+    """Refuse what is no padding type, see :data:`PADDING_TYPES`."""
     if padding_type not in PADDING_TYPES:
         raise ValueError(f"padding_type must be one of {', '.join(PADDING_TYPES)}, not {padding_type!r}.")
     return padding_type
 
 
 def gather_windows(
-    store: FrameStore,
-    rows: NDArray[np.int64],
-    age: NDArray[np.int64],
-    frame_stack: int,
-    padding_type: str,
-    length: int = 1,
+    store: FrameStore, rows: Ints, age: Ints, frame_stack: int, padding_type: str, length: int = 1
 ) -> Any:
     """
-    Frames of the stacks of ``rows`` and of the ``length`` rows after them, each once.
+    Frames of the stacks of :func:`stack_rows`, each once.
 
     :param store: the frames; row ``i + 1`` follows row ``i`` within an episode
-    :param rows: newest frame of each first stack, ``[B]``
-    :param age: steps since the episode began at these rows, ``[B]``
-    :param frame_stack: frames per stack, k
     :param padding_type: what stands before an episode's first frame, see :data:`PADDING_TYPES`
-    :param length: how many following rows to append
     :return: ``[B, (k + length) * C, ...]`` for frames of shape ``[C, ...]``, oldest first; an array, or a tensor if the
         store gives those
     """
@@ -258,99 +190,63 @@ def gather_windows(
     return frames.reshape(len(rows), (frame_stack + length) * store.shape[0], *store.shape[1:])
 
 
-def gather_stacks(
-    store: FrameStore, rows: NDArray[np.int64], age: NDArray[np.int64], frame_stack: int, padding_type: str
-) -> tuple[Any, Any]:
+def gather_stacks(store: FrameStore, rows: Ints, age: Ints, frame_stack: int, padding_type: str) -> tuple[Any, Any]:
     """
-    Observation and next observation of transitions stored as single frames.
+    Observations and next observations of transitions stored as single frames, each ``[B, k * C, ...]``.
 
-    :param store: see :func:`gather_windows`
-    :param rows: row of each transition, ``[B]``
-    :param age: steps since the episode began at these rows, ``[B]``
-    :param frame_stack: frames per stack, k
-    :param padding_type: see :func:`gather_windows`
-    :return: ``observations, next_observations``, each ``[B, k * C, ...]`` for frames of shape ``[C, ...]``; arrays, or
-        tensors if the store gives those
+    See :func:`gather_windows`.
     """
     merged, channels = gather_windows(store, rows, age, frame_stack, padding_type), store.shape[0]
     return merged[:, :-channels], merged[:, channels:]
 
 
 def stack_episode(frames: NDArray[Any], frame_stack: int, padding_type: str) -> NDArray[Any]:
-    """
-    Every stack of one episode.
-
-    :param frames: in time order, ``[T + 1, C, ...]``
-    :param frame_stack: frames per stack, k
-    :param padding_type: see :func:`gather_windows`
-    :return: ``[T + 1, k * C, ...]``, oldest frame first
-    """
+    """Every stack of one episode of frames ``[T + 1, C, ...]``: ``[T + 1, k * C, ...]``, oldest frame first."""
     steps = np.arange(len(frames))
     stacks: NDArray[Any] = gather_windows(ArrayFrames(frames), steps, steps, frame_stack, padding_type, length=0)
     return stacks
 
 
 class FrameStacker:
-    """
-    The stack of an episode that is being played, frame by frame.
-
-    :param frame_stack: frames per stack, k
-    :param padding_type: what stands before an episode's first frame, see :data:`PADDING_TYPES`
-    :raises ValueError: if ``padding_type`` is none
-    """
+    """The stack of an episode that is being played, ``[k * C, ...]``, oldest frame first, frame by frame."""
 
     def __init__(self, frame_stack: int, padding_type: str) -> None:
         self.frame_stack, self.padding_type = frame_stack, check_padding_type(padding_type)
         self._stack: NDArray[Any] = np.empty(0)
 
     def reset(self, frame: NDArray[Any]) -> NDArray[Any]:
-        """
-        Begin an episode.
-
-        :param frame: its first frame, ``[C, ...]``
-        :return: the stack, ``[k * C, ...]``, oldest frame first
-        """
+        """Begin an episode with its first frame, ``[C, ...]``; the stack."""
         self._stack = stack_episode(frame[None], self.frame_stack, self.padding_type)[0]
         return self._stack
 
     def push(self, frame: NDArray[Any]) -> NDArray[Any]:
-        """
-        Add the next frame.
-
-        :param frame: ``[C, ...]``
-        :return: the stack, ``[k * C, ...]``, oldest frame first; a new array
-        """
+        """Add the next frame, ``[C, ...]``; the stack, a new array."""
         self._stack = np.concatenate([self._stack[len(frame) :], frame])
         return self._stack
 
 
 def padding_of(first_stack: NDArray[Any], frame_stack: int) -> frozenset[str]:
     """
-    Tell from an episode's first stack what stands before its first frame.
+    Tell from an episode's first stack, ``[k * C, ...]``, oldest frame first, what stands before its first frame.
 
-    :param first_stack: ``[k * C, ...]``, oldest frame first
-    :param frame_stack: frames per stack, k
-    :return: the padding types that explain it: both if the first frame is black, none if it is other frames
+    Both padding types explain it if the first frame is black, none if other frames stand there.
     """
     frames = first_stack.reshape(frame_stack, -1)
     before, first = frames[:-1], frames[-1]
     fits = {"zero": not before.any(), "reset": bool((before == first).all())}
-    return frozenset(padding_type for padding_type in PADDING_TYPES if fits[padding_type])
+    return frozenset(padding_type for padding_type, fit in fits.items() if fit)
 
 
 def split_stacks(observations: NDArray[Any], frame_stack: int) -> tuple[NDArray[Any], frozenset[str]] | None:
     """
-    Take ready-made stacks of one episode apart, if that loses nothing.
+    Take ready-made stacks of one episode, ``[T + 1, k * C, ...]``, oldest frame first, apart, if that loses nothing.
 
-    :param observations: stacks of one episode in time order, ``[T + 1, k * C, ...]``, oldest frame first
     :param frame_stack: frames per stack, k, at least 2
     :return: the newest frames ``[T + 1, C, ...]``, and the padding types that give the first stack, see
         :func:`padding_of`; None if the observations are not such stacks
     """
     channels, rest = divmod(observations.shape[1], frame_stack)
-    if rest:
-        return None
-    if not np.array_equal(observations[1:, :-channels], observations[:-1, channels:]):
+    if rest or not np.array_equal(observations[1:, :-channels], observations[:-1, channels:]):
         return None
     fits = padding_of(observations[0], frame_stack)
     return (observations[:, -channels:], fits) if fits else None

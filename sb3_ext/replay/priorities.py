@@ -95,11 +95,7 @@ class Priorities:
         return {name: getattr(self, name) for name in names}
 
     def set_progress(self, remaining: float) -> None:
-        """
-        Anneal beta.
-
-        :param remaining: share of the run that is left, 1 to 0
-        """
+        """Anneal beta: ``remaining`` of the run is left, 1 to 0."""
         if callable(self.beta):
             self.current_beta = float(self.beta(remaining))
         else:
@@ -107,55 +103,37 @@ class Priorities:
 
     def draw(self, n: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """
-        Draw items with replacement.
+        Draw B items with replacement: indices, and importance weights ``(N P(i))^-beta`` over the batch's largest.
 
-        :param n: how many, B
-        :return: indices ``[B]``, and importance weights ``(N P(i))^-beta`` divided by the batch's largest, ``[B]``
         :raises ValueError: if no item is active
         """
         indices, mass = self.tree.sample(n, self.rng, self.stratified)
         return indices, _importance(mass, self.current_beta)
 
     def activate(self, indices: ArrayLike) -> None:
-        """
-        Make items drawable, with the largest priority.
-
-        :param indices: ``[n]``
-        """
+        """Make items drawable, with the largest priority."""
         indices = np.asarray(indices)
-        if self.rank_based:
-            self._errors[indices] = self.max_priority
-            self.tree.update(indices, np.ones(indices.shape))
-        else:
-            self.tree.update(indices, np.full(indices.shape, self.max_priority**self.alpha))
+        self.tree.update(indices, np.full(indices.shape, self._largest(indices)))
 
     def activate_range(self, first: int, count: int) -> None:
-        """
-        Make neighbours drawable, as :meth:`activate` does.
+        """Make ``count`` neighbours drawable, as :meth:`activate` does."""
+        self.tree.fill(first, count, self._largest(slice(first, first + count)))
 
-        :param first: the first of them
-        :param count: how many
-        """
+    def _largest(self, items: Any) -> float:
+        """Power of the largest priority, ``p^alpha`` (rank 1: 1), for these items; their ranks are to come from it."""
         if self.rank_based:
-            self._errors[first : first + count] = self.max_priority
-            self.tree.fill(first, count, 1.0)
-        else:
-            self.tree.fill(first, count, self.max_priority**self.alpha)
+            self._errors[items] = self.max_priority
+        power: float = 1.0 if self.rank_based else self.max_priority**self.alpha
+        return power
 
     def deactivate(self, indices: ArrayLike) -> None:
-        """
-        Keep items from being drawn until they are activated again.
-
-        :param indices: ``[n]``
-        """
+        """Keep items from being drawn until they are activated again."""
         self.tree.update(indices, np.zeros(np.shape(indices)))
 
     def update(self, indices: ArrayLike, td_errors: ArrayLike) -> None:
         """
-        Set priorities after learning. Inactive items stay so; of an index that occurs twice the last error counts.
+        Set priorities by errors of any sign. Inactive items stay so; of an index that occurs twice the last counts.
 
-        :param indices: ``[B]``, from :meth:`draw`
-        :param td_errors: ``[B]``, of any sign
         :raises ValueError: if an error is NaN or infinite: names the index; nothing is changed then
         """
         errors = np.ascontiguousarray(td_errors, np.float64).reshape(-1)

@@ -17,6 +17,8 @@ from sb3_ext.replay.batch import PrioritizedReplayBufferSamples, ReplayHooks, n_
 from sb3_ext.replay.priorities import Priorities
 from sb3_ext.replay.rings import DictStore, PairStore, RingStore
 
+Array = NDArray[Any]
+
 _UNANSWERED = 10
 """Batches in a row without new priorities before the user is told that they are never learnt from."""
 
@@ -125,13 +127,7 @@ class PrioritizedReplayBuffer(ReplayBuffer, ReplayHooks):
                 self.store.reset()
 
     def add(
-        self,
-        obs: Any,
-        next_obs: Any,
-        action: NDArray[Any],
-        reward: NDArray[Any],
-        done: NDArray[Any],
-        infos: list[dict[str, Any]],
+        self, obs: Any, next_obs: Any, action: Array, reward: Array, done: Array, infos: list[dict[str, Any]]
     ) -> None:
         """
         Add one transition of every environment, with the largest priority.
@@ -232,12 +228,7 @@ class PrioritizedReplayBuffer(ReplayBuffer, ReplayHooks):
     def _gather(
         self, indices: NDArray[np.int64], weights: NDArray[np.float32], env: VecNormalize | None
     ) -> PrioritizedReplayBufferSamples:
-        last: NDArray[np.int64] = indices
-        discounts: NDArray[np.float32] | None = None
-        if self.n_steps == 1:
-            rewards = self._normalize_reward(self.rewards.take(indices), env)
-        else:
-            last, rewards, discounts = self._n_step(indices, env)
+        last, rewards, discounts = self._n_step(indices, env)
         observations, next_observations = self.store.take(indices, last)
         tensors = to_device(
             (
@@ -259,12 +250,10 @@ class PrioritizedReplayBuffer(ReplayBuffer, ReplayHooks):
 
     def _n_step(
         self, indices: NDArray[np.int64], env: VecNormalize | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-        """
-        Last transition, summed reward and discount of the n-step return.
-
-        The sum stops where a sequence ends, and with the newest transition.
-        """
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32] | None]:
+        """Last transition, summed reward and discount; the sum stops with a sequence and the newest transition."""
+        if self.n_steps == 1:
+            return indices, self._normalize_reward(self.rewards.take(indices), env), None
         step, which = np.divmod(indices, self.n_envs)
         window = (step[:, None] + np.arange(self.n_steps)) % self.buffer_size * self.n_envs + which[:, None]
         ends = self._ends.reshape(-1)[window] | (window // self.n_envs == (self.pos - 1) % self.buffer_size)

@@ -14,18 +14,12 @@ from stable_baselines3.common.preprocessing import get_obs_shape, is_image_space
 _SLACK = 0.02
 """Share of rows that a ring has beyond its transitions, for the frames before each episode's first step."""
 
-Expired = Iterator[tuple[int, NDArray[np.int64]]]
+Ints = NDArray[np.int64]
+Expired = Iterator[tuple[int, Ints]]
 
 
 class PairStore:
-    """
-    Observation and next observation of every transition, as they come.
-
-    :param size: steps to keep, S
-    :param n_envs: environments, E
-    :param shape: of an observation
-    :param dtype: of an observation
-    """
+    """Observation and next observation of every transition, as they come, for ``size`` steps of E environments."""
 
     def __init__(self, size: int, n_envs: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.observations = np.zeros((size, n_envs, *shape), dtype)
@@ -33,66 +27,39 @@ class PairStore:
         self._newest = 0
 
     def continues(self, obs: NDArray[Any]) -> NDArray[np.bool_]:
-        """
-        Tell which environments go on from their last next observation.
-
-        :param obs: ``[E, *shape]``
-        :return: ``[E]``
-        """
+        """Tell which environments go on from their last next observation, ``[E]``, given ``obs`` ``[E, *shape]``."""
         last = self.next_observations[self._newest]
         obs = obs.reshape(last.shape).astype(last.dtype, copy=False)  # what is stored has the space's dtype
         same: NDArray[np.bool_] = (last == obs).reshape(len(last), -1).all(axis=1)
         return same
 
     def add(self, pos: int, obs: NDArray[Any], next_obs: NDArray[Any], _goes_on: NDArray[np.bool_]) -> Expired:
-        """
-        Store a step.
-
-        :param pos: where
-        :param obs: ``[E, *shape]``
-        :param next_obs: ``[E, *shape]``
-        :return: nothing expires before it is overwritten
-        """
+        """Store a step, ``[E, *shape]``, at ``pos``; nothing expires before it is overwritten."""
         row = self.observations[pos]
         row[...] = obs.reshape(row.shape)
         self.next_observations[pos] = next_obs.reshape(row.shape)
         self._newest = pos
         return iter(())
 
-    def take(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[Any, Any]:
+    def take(self, indices: Ints, last: Ints) -> tuple[Any, Any]:
         """
-        Copy observations out.
+        Copy out the observations of the transitions ``indices`` and the next observations of ``last``.
 
-        :param indices: transitions, ``step * E + environment``, ``[B]``
-        :param last: transitions whose next observations are wanted, ``[B]``
-        :return: observations and next observations, ``[B, *shape]``
+        A transition's number is ``step * E + environment``; both are ``[B]``, what is returned is ``[B, *shape]``.
         """
         shape = (-1, *self.observations.shape[2:])
         # take() is a third faster than indexing for short rows
-        return self.observations.reshape(shape).take(indices, axis=0), self.next_observations.reshape(shape).take(
-            last, axis=0
-        )
+        observations = self.observations.reshape(shape).take(indices, axis=0)
+        return observations, self.next_observations.reshape(shape).take(last, axis=0)
 
-    def take_windows(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[Any]:
-        """
-        Copy windows of observations out.
-
-        :param indices: transitions whose observations come first, ``step * E + environment``, ``[B]``
-        :param last: transitions whose next observations follow, ``[B, L]``
-        :return: ``[B, L + 1, *shape]``
-        """
+    def take_windows(self, indices: Ints, last: Ints) -> NDArray[Any]:
+        """Copy out the observations of ``indices``, ``[B]``, each followed by the next ones of ``last``, ``[B, L]``."""
         first, later = self.take(indices, last.reshape(-1))
         return np.concatenate([first[:, None], later.reshape(*last.shape, *first.shape[1:])], axis=1)
 
 
 class DictStore:
-    """
-    One :class:`PairStore` per key.
-
-    :param size: steps to keep
-    :param n_envs: environments
-    :param space: the observations' space
-    """
+    """One :class:`PairStore` per key."""
 
     def __init__(self, size: int, n_envs: int, space: spaces.Dict) -> None:
         self.parts = {
@@ -111,7 +78,7 @@ class DictStore:
             part.add(pos, obs[key], next_obs[key], goes_on)
         return iter(())
 
-    def take(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[Any, Any]:
+    def take(self, indices: Ints, last: Ints) -> tuple[Any, Any]:
         """See :meth:`PairStore.take`."""
         found = {key: part.take(indices, last) for key, part in self.parts.items()}
         return {key: pair[0] for key, pair in found.items()}, {key: pair[1] for key, pair in found.items()}
@@ -124,9 +91,7 @@ class RingStore:
     A sequence begins with the frames of its first observation, whatever they are (zeros, repetitions), and every step
     adds the newest frame of its next observation, also the last step. Vectors are stacks of one.
 
-    :param size: steps to keep, S
-    :param n_envs: environments, E
-    :param space: the observations' space
+    :param size: steps to keep, S, of each of ``n_envs`` environments, E
     :param frame_stack: frames per observation, k; None: the channels of an image unless they are 3, else 1
     :raises ValueError: if the observations are no ``Box``, or the first axis is no multiple of k
     """
@@ -165,12 +130,8 @@ class RingStore:
 
     def add(self, pos: int, obs: NDArray[Any], next_obs: NDArray[Any], goes_on: NDArray[np.bool_]) -> Expired:
         """
-        Store a step.
+        Store a step, ``[E, *shape]``; ``goes_on``, ``[E]``: ``obs`` is the last ``next_obs`` of this environment.
 
-        :param pos: where
-        :param obs: ``[E, *shape]``
-        :param next_obs: ``[E, *shape]``
-        :param goes_on: whether ``obs`` is the last ``next_obs`` of this environment, ``[E]``
         :return: environment and steps whose frames were overwritten, although they are not overwritten themselves
         :raises ValueError: if ``next_obs`` is not ``obs`` moved on by one frame; nothing is stored then
         """
@@ -191,7 +152,6 @@ class RingStore:
         return self._expired()
 
     def _expired(self) -> Expired:
-        """Steps that lost frames."""
         oldest_step = max(0, self._added - self.size)
         for env, written in enumerate(self._written):
             start = first = max(int(self._first[env]), oldest_step)
@@ -203,65 +163,48 @@ class RingStore:
             if first > start:
                 yield env, np.arange(start, first) % self.size
 
-    def take(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[Any, Any]:
+    def take(self, indices: Ints, last: Ints) -> tuple[Any, Any]:
         """See :meth:`PairStore.take`; without n-step returns both are views of the same frames."""
-        k, c = self.frame_stack, self._channels
+        k, c, first = self.frame_stack, self._channels, np.full(len(indices), 1 - self.frame_stack)
         if last is indices:
-            both = self._stacks(indices, np.full(len(indices), 1 - k), k + 1)
+            both = self._stacks(indices, first, k + 1)
             return both[:, :-c], both[:, c:]
-        return self._stacks(indices, np.full(len(indices), 1 - k), k), self._stacks(last, np.full(len(last), 2 - k), k)
+        return self._stacks(indices, first, k), self._stacks(last, first + 1, k)
 
-    def take_windows(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[Any]:
+    def take_windows(self, indices: Ints, last: Ints) -> NDArray[Any]:
         """See :meth:`PairStore.take_windows`; nothing is copied twice."""
         both, first = self._window(indices, last)
         out = self._stacks(both.reshape(-1), first.reshape(-1), self.frame_stack)
         return out.reshape(*both.shape, *out.shape[1:])
 
     @property
-    def written(self) -> NDArray[np.int64]:
+    def written(self) -> Ints:
         """Frames written so far, ``[E]``; number i lies in row ``i % rows``."""
         return self._written
 
-    def window_rows(self, indices: NDArray[np.int64], last: NDArray[np.int64]) -> NDArray[np.int64]:
-        """
-        Where the frames of windows lie.
-
-        :param indices: as for :meth:`take_windows`
-        :param last: likewise
-        :return: ``environment * rows + row``, ``[B, L + 1, k]``
-        """
+    def window_rows(self, indices: Ints, last: Ints) -> Ints:
+        """Where the frames of :meth:`take_windows` lie: ``environment * rows + row``, ``[B, L + 1, k]``."""
         both, first = self._window(indices, last)
         rows = (self._rows.reshape(-1)[both] + first)[..., None] + np.arange(self.frame_stack)
         return rows % self._n_rows + (both % len(self.frames) * self._n_rows)[..., None]
 
-    def _window(
-        self, indices: NDArray[np.int64], last: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _window(self, indices: Ints, last: Ints) -> tuple[Ints, Ints]:
         """Transitions of a window, and where their first frame is from the newest one."""
         both = np.concatenate([indices[:, None], last], axis=1)
         first = np.full(both.shape, 2 - self.frame_stack)
         first[:, 0] -= 1
         return both, first
 
-    def _stacks(self, indices: NDArray[np.int64], first: NDArray[np.int64], count: int) -> NDArray[Any]:
+    def _stacks(self, indices: Ints, first: Ints, count: int) -> NDArray[Any]:
         """``count`` frames of each transition, the first of them ``first`` after its newest one."""
         out = np.empty((len(indices), count * self._channels, *self.frames.shape[3:]), self.frames.dtype)
-        _copy(self._bytes, self._rows.reshape(-1), indices, first, out.view(np.uint8).reshape(len(indices), count, -1))
+        frames = self.frames.reshape(*self.frames.shape[:2], -1).view(np.uint8)
+        _copy(frames, self._rows.reshape(-1), indices, first, out.view(np.uint8).reshape(len(indices), count, -1))
         return out
-
-    @property
-    def _bytes(self) -> NDArray[np.uint8]:
-        return self.frames.reshape(*self.frames.shape[:2], -1).view(np.uint8)
 
 
 @njit(cache=True)
-def _copy(
-    frames: NDArray[np.uint8],
-    rows: NDArray[np.int64],
-    indices: NDArray[np.int64],
-    first: NDArray[np.int64],
-    out: NDArray[np.uint8],
-) -> None:
+def _copy(frames: NDArray[np.uint8], rows: Ints, indices: Ints, first: Ints, out: NDArray[np.uint8]) -> None:
     """Copy neighbouring frames out of the rings ``[E, R, bytes]``, for transition ``step * E + environment``."""
     n_envs, n_rows, size = frames.shape
     for i in range(len(indices)):

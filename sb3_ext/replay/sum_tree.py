@@ -6,6 +6,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 WIDTH = 8
 """Children per node: eight float64 fill one cache line, so a step down the tree touches one line."""
 
@@ -13,14 +15,7 @@ _SHIFT = 3
 
 
 @njit(cache=True)
-def _write(
-    tree: NDArray[np.float64],
-    starts: NDArray[np.int64],
-    capacity: int,
-    leaves: NDArray[np.int64],
-    values: NDArray[np.float64],
-    revive: bool,
-) -> int:
+def _write(tree: Floats, starts: Ints, capacity: int, leaves: Ints, values: Floats, revive: bool) -> int:
     """
     Set leaves in order, then recompute every ancestor from its children, level by level.
 
@@ -51,7 +46,7 @@ def _write(
 
 
 @njit(cache=True)
-def _fill(tree: NDArray[np.float64], starts: NDArray[np.int64], first: int, count: int, value: float) -> None:
+def _fill(tree: Floats, starts: Ints, first: int, count: int, value: float) -> None:
     """Set neighbouring leaves, and their ancestors."""
     bottom = starts[len(starts) - 1]
     tree[bottom + first : bottom + first + count] = value
@@ -67,14 +62,7 @@ def _fill(tree: NDArray[np.float64], starts: NDArray[np.int64], first: int, coun
 
 
 @njit(cache=True)
-def _descend(
-    tree: NDArray[np.float64],
-    starts: NDArray[np.int64],
-    masses: NDArray[np.float64],
-    strata: int,
-    leaves: NDArray[np.int64],
-    values: NDArray[np.float64],
-) -> None:
+def _descend(tree: Floats, starts: Ints, masses: Floats, strata: int, leaves: Ints, values: Floats) -> None:
     """
     For every mass find the leaf in whose interval of the running sum it lies; masses are used up.
 
@@ -139,23 +127,21 @@ class SumTree:
         return float(self._tree[0])
 
     @property
-    def leaves(self) -> NDArray[np.float64]:
+    def leaves(self) -> Floats:
         """The priorities, ``[capacity]``, as a read-only view."""
         start = self._starts[-1]
         view = self._tree[start : start + self.capacity]
         view.flags.writeable = False
         return view
 
-    def __getitem__(self, indices: NDArray[np.int64] | int) -> NDArray[np.float64]:
-        found: NDArray[np.float64] = self.leaves[indices]
+    def __getitem__(self, indices: NDArray[np.int64] | int) -> Floats:
+        found: Floats = self.leaves[indices]
         return found
 
     def update(self, indices: ArrayLike, priorities: ArrayLike, revive: bool = True) -> None:
         """
-        Set priorities. If an index occurs more than once, its last priority counts.
+        Set priorities, finite and not negative. If an index occurs more than once, its last priority counts.
 
-        :param indices: ``[n]``, from 0 to ``capacity - 1``
-        :param priorities: ``[n]``, finite and not negative
         :param revive: False leaves items alone whose priority is 0
         :raises IndexError: if an index is out of range; nothing is changed then
         :raises ValueError: if a priority is negative, NaN or infinite, or the shapes differ; nothing is changed then
@@ -172,44 +158,32 @@ class SumTree:
         raise ValueError(f"The priority of index {leaves[at]} is {values[at]}; it must be finite and not negative.")
 
     def fill(self, first: int, count: int, priority: float) -> None:
-        """
-        Set ``count`` neighbours to one priority; not checked.
-
-        :param first: the first of them
-        :param count: how many
-        :param priority: finite and not negative
-        """
+        """Set ``count`` neighbours from ``first`` on to one priority, finite and not negative; not checked."""
         _fill(self._tree, self._starts, first, count, priority)
 
-    def find(self, masses: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def find(self, masses: ArrayLike) -> tuple[Ints, Floats]:
         """
-        Find the items at given places of the running sum of priorities.
+        Find the items at places of the running sum, ``masses``, from 0 (included) to :attr:`total` (excluded).
 
-        :param masses: ``[n]``, from 0 (included) to :attr:`total` (excluded)
-        :return: indices, ``[n]``: the smallest whose running sum exceeds the mass, never one of priority 0; and their
-            priorities, ``[n]``
+        :return: the smallest indices whose running sums exceed the masses, never of priority 0, and their priorities
         :raises ValueError: if all priorities are 0
         """
         return self._find(np.array(masses, np.float64).reshape(-1), 0)
 
-    def _find(self, masses: NDArray[np.float64], strata: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def _find(self, masses: Floats, strata: int) -> tuple[Ints, Floats]:
         if not self._tree[0] > 0:
             raise ValueError("Nothing can be drawn: all priorities are 0.")
         indices, priorities = np.empty(len(masses), np.int64), np.empty(len(masses))
         _descend(self._tree, self._starts, masses, strata, indices, priorities)
         return indices, priorities
 
-    def sample(
-        self, n: int, rng: np.random.Generator, stratified: bool = True
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def sample(self, n: int, rng: np.random.Generator, stratified: bool = True) -> tuple[Ints, Floats]:
         """
-        Draw items with probability ``priority / total``, with replacement.
+        Draw n items with probability ``priority / total``, with replacement: indices and priorities, ``[n]``.
 
-        :param n: how many
         :param rng: random generator; ``n`` doubles are taken from it
         :param stratified: one draw from each of ``n`` equal parts of the total (Schaul et al., 2016, appendix B.2.1):
             same probabilities, less variance
-        :return: indices and priorities, ``[n]``
         :raises ValueError: if all priorities are 0
         """
         return self._find(rng.random(n), n if stratified else 1)
@@ -223,7 +197,7 @@ class SumTree:
         self.update(np.arange(len(leaves)), leaves)
 
 
-def _aligned_zeros(size: int) -> NDArray[np.float64]:
+def _aligned_zeros(size: int) -> Floats:
     """Zeros whose first element starts a cache line."""
     raw = np.zeros(size + WIDTH, np.float64)
     skip = (-raw.ctypes.data % (WIDTH * raw.itemsize)) // raw.itemsize

@@ -18,21 +18,15 @@ _SPLIT = 512
 
 
 def padded(rows: int) -> int:
-    """
-    Size of the graph that serves so many roots: few sizes serve all.
-
-    :param rows: roots
-    :return: the next power of two, or multiple of 256
-    """
+    """Size of the graph that serves so many roots, the next power of two or multiple of 256: few sizes serve all."""
     return 1 << (rows - 1).bit_length() if rows < 256 else -(-rows // 256) * 256
 
 
 class DeviceSteps:
     """
-    Network steps over latent states that stay on the GPU, as one CUDA graph; a
-    :class:`~sb3_ext.search.gumbel.Lane` of the search.
+    A :class:`~sb3_ext.search.gumbel.Lane` whose latent states stay on the GPU and whose network step is one CUDA graph.
 
-    One step reads the states of the nodes it starts from, runs the network and stores the new states; to and from the
+    A step reads the states of the nodes it starts from, runs the network and stores the new states; to and from the
     GPU go one array of row numbers and one of rewards, values and logits. Images are kept with their channels last. On
     a CPU, where it gains nothing, a step runs as it is.
 
@@ -68,12 +62,7 @@ class DeviceSteps:
         self._roots = np.arange(roots)
 
     def start(self, parts: Tensors, rows: slice) -> None:
-        """
-        Begin a search.
-
-        :param parts: of the embedding of all roots
-        :param rows: which of them this lane has
-        """
+        """Begin a search, given the parts of the embedding of all roots and which of these the lane has."""
         self.rows, self._node, self._batch = rows, 0, rows.stop - rows.start
         if self._graph is not None:
             self._done.synchronize()  # a search that was given up may have left a step under way
@@ -114,30 +103,20 @@ class DeviceSteps:
 
 
 class DeviceSearch:
-    """
-    Lanes for any number of roots; many are split in two, so that the GPU runs one half while the CPU steps the other's
-    trees.
-
-    :param step: see :class:`DeviceSteps`
-    """
+    """Lanes for any number of roots; many get two: the GPU runs one half while the CPU steps the other's trees."""
 
     def __init__(self, step: Callable[..., Tensors]) -> None:
         self._step = step
         self.lanes: dict[tuple[int, int, int], DeviceSteps] = {}
 
     def start(self, parts: Tensors, nodes: int) -> list[DeviceSteps]:
-        """
-        Begin a search.
-
-        :param parts: of the embedding of all roots
-        :param nodes: simulations
-        :return: the lanes
-        """
+        """Begin a search of so many simulations (``nodes``), given the parts of the embedding of all roots."""
         batch = len(parts[0])
         per_lane = -(-batch // 2) if batch >= _SPLIT else batch
-        size, found = padded(per_lane), []
-        for number, first in enumerate(range(0, batch, per_lane)):
-            key = size, nodes, number
+        size = padded(per_lane)
+        found: list[DeviceSteps] = []
+        for first in range(0, batch, per_lane):
+            key = size, nodes, len(found)
             if key not in self.lanes:
                 self.lanes[key] = DeviceSteps(self._step, size, nodes, parts)
             self.lanes[key].start(parts, slice(first, min(first + per_lane, batch)))

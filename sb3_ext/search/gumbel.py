@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from sb3_ext.search.halving import CANDIDATES, PAIR
+from sb3_ext.search.halving import CANDIDATES, PAIR, Floats, Singles
 from sb3_ext.search.tree import FIELDS, NO_ACTION, NODE, PROBLEMS, Tree, finish, plant, step
 
 __all__ = ["Embedding", "RecurrentOutput", "SearchOutput", "Tree", "gumbel_search", "principal_line"]
@@ -35,10 +35,7 @@ class RecurrentOutput(NamedTuple):
 
 
 class Lane(Protocol):
-    """
-    Some of the roots. Their network steps run on a device, with all embeddings, while the search steps the other
-    lanes' trees.
-    """
+    """Some of the roots; a device runs their network steps, with all embeddings, while the search steps other lanes."""
 
     rows: slice
     """Which roots, one after the other."""
@@ -89,7 +86,7 @@ class SearchOutput(NamedTuple):
         return np.asarray(values, np.float32)
 
 
-def _floats(x: Any) -> NDArray[np.float32]:
+def _floats(x: Any) -> Singles:
     """As contiguous float32 numpy."""
     if type(x) is np.ndarray and x.dtype == np.float32 and x.flags.c_contiguous:
         return x
@@ -99,21 +96,13 @@ def _floats(x: Any) -> NDArray[np.float32]:
 
 
 class _Pool:
-    """
-    Embeddings of all nodes but the last, ``[N * B, ...]``, node by node.
-
-    :param root: of the roots, ``[B, ...]``
-    :param nodes: how many nodes
-    """
+    """Embeddings of all nodes but the last, ``[N * B, ...]``, node by node, beginning with those of the roots."""
 
     def __init__(self, root: Any, nodes: int) -> None:
         self.shape = tuple(root.shape)
-        self.rows: Any
-        if isinstance(root, th.Tensor):
-            self.rows = root.new_empty((nodes * self.shape[0], *self.shape[1:]))
-        else:
-            self.rows = np.empty((nodes * self.shape[0], *self.shape[1:]), root.dtype)
-            self.out = np.empty(self.shape, root.dtype)
+        size = nodes * self.shape[0], *self.shape[1:]
+        self.rows: Any = root.new_empty(size) if isinstance(root, th.Tensor) else np.empty(size, root.dtype)
+        self.out = None if isinstance(root, th.Tensor) else np.empty(self.shape, root.dtype)
         self.put(0, root)
 
     def put(self, node: int, embedding: Any) -> None:
@@ -130,21 +119,13 @@ class _Pool:
 
 
 class _Called:
-    """
-    A lane that is a callable, which is run when its step is launched.
-
-    :param embedding: of all roots
-    :param recurrent_fn: the callable
-    :param nodes: per tree
-    :param rows: the lane's roots
-    """
+    """A lane of the roots ``rows`` that is a callable, which is run when its step is launched."""
 
     def __init__(
         self, embedding: Embedding, recurrent_fn: Callable[[Any, Any], RecurrentOutput], nodes: int, rows: slice
     ) -> None:
-        parts: tuple[Any, ...] = embedding if isinstance(embedding, tuple) else (embedding,)
-        self.rows = rows
-        self._function, self._several = recurrent_fn, isinstance(embedding, tuple)
+        parts = _parts(embedding)
+        self._function, self._several, self.rows = recurrent_fn, isinstance(embedding, tuple), rows
         self._pools = [_Pool(part[rows], nodes) for part in parts]
         self._nodes, self._node = nodes, 0
         self._device = parts[0].device if isinstance(parts[0], th.Tensor) else None
@@ -162,8 +143,13 @@ class _Called:
         states = [pool.get(where) for pool in self._pools]
         self._out = self._function(tuple(states) if self._several else states[0], what)
         self._node += 1
-        if self._node < self._nodes:
-            _store(self._pools, self._out.embedding, self._node)
+        if self._node == self._nodes:
+            return  # nothing starts from the last node
+        parts = _parts(self._out.embedding)
+        if len(parts) != len(self._pools):
+            raise ValueError(f"The network returned {len(parts)} embeddings instead of {len(self._pools)}.")
+        for pool, part in zip(self._pools, parts, strict=True):
+            pool.put(self._node, part)
 
     def collect(self) -> RecurrentOutput:
         """See :class:`Lane`."""
@@ -220,11 +206,8 @@ def gumbel_search(
     :raises ValueError: if a number is too small, shapes do not fit, a root has no legal action, or the network returns
         something that is not finite
     """
-    for name, number in {
-        "num_simulations": num_simulations,
-        "max_num_considered_actions": max_num_considered_actions,
-        "roots_at_once": 1 if roots_at_once is None else roots_at_once,
-    }.items():
+    sizes = num_simulations, max_num_considered_actions, 1 if roots_at_once is None else roots_at_once
+    for name, number in zip(("num_simulations", "max_num_considered_actions", "roots_at_once"), sizes, strict=True):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
     if not min_range > 0:
@@ -232,62 +215,50 @@ def gumbel_search(
     logits, values, noise = _root_arrays(prior_logits, values, gumbel, invalid_actions)
     batch, slots = logits.shape
     data = np.empty((batch, CANDIDATES + PAIR * slots + (num_simulations + 1) * (NODE + FIELDS * slots)))
-    settings = np.array([gamma, c_visit, c_scale, min_range, slots, num_simulations], np.float64)
-    actions, sources = np.empty(batch, np.int64), np.empty(batch, np.int64)
-    roots = logits, values, noise, max_num_considered_actions
+    numbers = gamma, c_visit, c_scale, min_range, slots, num_simulations, max_num_considered_actions
+    settings = np.array(numbers, np.float64)
     if callable(recurrent_fn):
-        _check_embedding(embedding, batch)
+        for part in _parts(embedding):
+            if len(part) != batch:
+                raise ValueError(f"There are {batch} rows of logits, but an embedding of shape {tuple(part.shape)}.")
         size = roots_at_once or batch
         for start in range(0, batch, size):
             rows = slice(start, min(start + size, batch))
-            _search([_Called(embedding, recurrent_fn, num_simulations, rows)], roots, data, settings, actions, sources)
+            _search([_Called(embedding, recurrent_fn, num_simulations, rows)], logits, values, noise, data, settings)
     else:
-        _search(recurrent_fn, roots, data, settings, actions, sources)
-    policy, completed = np.empty((batch, slots), np.float32), np.empty((batch, slots), np.float32)
-    root_values, counts = np.empty(batch, np.float32), np.empty((batch, slots), np.int32)
-    finish(data, settings, actions, policy, root_values, counts, completed)
-    return SearchOutput(actions, policy, root_values, counts, completed, Tree(data, slots))
+        _search(recurrent_fn, logits, values, noise, data, settings)
+    return SearchOutput(*finish(data, settings), Tree(data, slots))
+
+
+def _parts(embedding: Embedding) -> tuple[Any, ...]:
+    return embedding if isinstance(embedding, tuple) else (embedding,)
 
 
 def _search(
-    lanes: Sequence[Lane],
-    roots: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], int],
-    data: NDArray[np.float64],
-    settings: NDArray[np.float64],
-    actions: NDArray[np.int64],
-    sources: NDArray[np.int64],
+    lanes: Sequence[Lane], logits: Singles, values: Singles, noise: Singles, data: Floats, settings: Floats
 ) -> None:
-    """
-    Fill the rows of some lanes.
-
-    :param roots: logits, values, noise and the number of considered actions
-    :param data: trees
-    :param settings: of the compiled steps
-    :param actions: the chosen slots
-    :param sources: where the network starts from
-    """
-    logits, values, noise, considered = roots
-    views = [(lane, data[lane.rows], actions[lane.rows], sources[lane.rows]) for lane in lanes]
-    for lane, trees, chosen, where in views:
+    """Fill the trees of these lanes, rows of ``data``."""
+    num_simulations, steps = int(settings[5]), []
+    for lane in lanes:
         rows = lane.rows
-        code = plant(trees, logits[rows], values[rows], noise[rows], considered, settings, chosen, where)
+        trees = data[rows]
+        actions, sources = np.empty(len(trees), np.int64), np.empty(len(trees), np.int64)
+        code = plant(trees, logits[rows], values[rows], noise[rows], settings, actions, sources)
         if code >= 0:
             raise ValueError(_problem(code, "root", rows))
-        lane.launch(where, chosen)
-    num_simulations = int(settings[-1])
+        lane.launch(sources, actions)
+        steps.append((lane, trees, actions, sources))
     for simulation in range(num_simulations):
-        for lane, trees, chosen, where in views:
+        for lane, trees, actions, sources in steps:
             found = _network_arrays(lane.collect(), len(trees), logits.shape[1])
-            code = step(trees, *found, simulation, settings, chosen, where)
+            code = step(trees, *found, simulation, settings, actions, sources)
             if code >= 0:
                 raise ValueError(_problem(code, f"simulation {simulation}", lane.rows))
             if simulation + 1 < num_simulations:
-                lane.launch(where, chosen)
+                lane.launch(sources, actions)
 
 
-def _root_arrays(
-    prior_logits: Any, values: Any, gumbel: Any, invalid_actions: Any
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+def _root_arrays(prior_logits: Any, values: Any, gumbel: Any, invalid_actions: Any) -> tuple[Singles, Singles, Singles]:
     """Logits (-inf where forbidden), values and noise of the roots, checked."""
     logits, values = _floats(prior_logits), _floats(values)
     if logits.ndim != 2 or not logits.size:
@@ -298,17 +269,14 @@ def _root_arrays(
     if not np.isfinite(noise).all():
         raise ValueError("gumbel is not finite.")
     if invalid_actions is not None:
-        if isinstance(invalid_actions, th.Tensor):
-            invalid_actions = invalid_actions.cpu().numpy()
-        invalid = np.asarray(invalid_actions, np.bool_)
+        on_cpu = invalid_actions.cpu() if isinstance(invalid_actions, th.Tensor) else invalid_actions
+        invalid = np.asarray(on_cpu, np.bool_)
         _check_shape("invalid_actions", invalid, logits.shape)
         logits = np.where(invalid, np.float32(-np.inf), logits)
     return logits, values, noise
 
 
-def _network_arrays(
-    out: RecurrentOutput, batch: int, slots: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+def _network_arrays(out: RecurrentOutput, batch: int, slots: int) -> tuple[Singles, Singles, Singles]:
     """Rewards, values and logits of one simulation, shapes checked."""
     rewards, values, logits = _floats(out.reward), _floats(out.value), _floats(out.prior_logits)
     if rewards.shape != (batch,) or values.shape != (batch,):
@@ -316,14 +284,6 @@ def _network_arrays(
     if logits.ndim != 2 or len(logits) != batch or not 1 <= logits.shape[1] <= slots:
         raise ValueError(f"The network returned logits of shape {logits.shape}; wanted ({batch}, 1 to {slots}).")
     return rewards, values, logits
-
-
-def _store(pools: list[_Pool], embedding: Embedding, node: int) -> None:
-    parts = embedding if isinstance(embedding, tuple) else (embedding,)
-    if len(parts) != len(pools):
-        raise ValueError(f"The network returned {len(parts)} embeddings instead of {len(pools)}.")
-    for pool, part in zip(pools, parts, strict=True):
-        pool.put(node, part)
 
 
 def principal_line(tree: Tree, row: int) -> list[int]:
@@ -343,12 +303,6 @@ def principal_line(tree: Tree, row: int) -> list[int]:
     return line
 
 
-def _check_embedding(embedding: Embedding, batch: int) -> None:
-    for part in embedding if isinstance(embedding, tuple) else (embedding,):
-        if len(part) != batch:
-            raise ValueError(f"There are {batch} rows of logits, but an embedding of shape {tuple(part.shape)}.")
-
-
 def _check_shape(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}.")
@@ -356,8 +310,7 @@ def _check_shape(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None
 
 def _problem(code: int, where: str, rows: slice) -> str:
     """Message for what a kernel found."""
-    row, problem = divmod(code, 4)
-    row += rows.start
+    row, problem = rows.start + code // 4, code % 4
     if problem == NO_ACTION:
         return f"Row {row} has no legal action ({where})."
     return f"The network gave {PROBLEMS[problem]} ({where}, row {row})."

@@ -32,6 +32,8 @@ _ALIVE, _END, _CONSIDERED = 3, 4, 5
 CANDIDATES, PAIR, FIXED, IN = 8, 2, 0, 1
 
 Floats = NDArray[np.float64]
+Singles = NDArray[np.float32]
+Ints = NDArray[np.int64]
 
 
 @njit(cache=True, error_model="numpy")
@@ -43,9 +45,7 @@ def phase_length(total: int, considered: float, alive: float) -> float:
 
 
 @njit(cache=True, error_model="numpy")
-def begin_halving(
-    row: Floats, gumbel: NDArray[np.float32], logits: NDArray[np.float32], considered: int, total: int
-) -> None:
+def begin(row: Floats, gumbel: Singles, logits: Singles, considered: int, total: int) -> None:
     """Make the ``considered`` legal actions of highest ``gumbel + logits`` candidates, and begin the first phase."""
     slots = len(logits)
     for a in range(slots):
@@ -92,11 +92,8 @@ def _halve(row: Floats, slots: int, simulation: int, total: int, scores: Floats)
 def next_candidate(
     row: Floats, slots: int, visits: int, stride: int, simulation: int, total: int, scores: Floats
 ) -> int:
-    """
-    Candidate that gets a simulation: fewest visits, then highest score; before that the phase may end.
-
-    ``visits`` is where the row has those of the first slot, ``stride`` the way to the next one's.
-    """
+    """Candidate that gets a simulation: fewest visits, then highest score; before that the phase may end."""
+    # the row has the visits of the first slot at ``visits``, those of the next one ``stride`` later
     if simulation >= row[_END]:
         _halve(row, slots, simulation, total, scores)
     slot, fewest = -1, np.inf

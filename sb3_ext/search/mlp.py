@@ -5,28 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from sb3_ext.search.mlp_kernels import (
-    ACT,
-    ADD,
-    ALPHA,
-    BIAS,
-    ELU,
-    EPS,
-    IN,
-    NONE,
-    OUT,
-    RELU,
-    SCALE,
-    SHIFT,
-    SOURCE,
-    STEP,
-    TANH,
-    TARGET,
-    WEIGHT,
-    Floats,
-    expectations,
-    forward,
-)
+from sb3_ext.search.mlp_kernels import ELU, RELU, STEP, TANH, Floats, expectations, forward
 
 CHUNK = 256
 """Rows that go through all layers together, so that what one layer writes is in the cache for the next."""
@@ -55,18 +34,13 @@ def decode(logits: Floats, support: Floats, eps: float | None = None) -> Floats:
 
 
 class _Program:
-    """
-    Steps and parameters of a network, made by walking its modules once.
-
-    :param module: the network
-    """
+    """Steps and parameters of a network, made by walking its modules once."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.steps: list[list[float]] = []
+        self.steps: list[dict[str, float]] = []
         self.sources: list[tuple[int, nn.Module, str]] = []
-        self.columns, self.size = 0, 0
+        self.columns, self.size, self.source, self.width = 0, 0, -1, -1
         self.inputs = -1  # width, unknown until the first layer that has one
-        self.source, self.width = -1, -1
         self.closed = 0  # steps that nothing may be added to, because their output is needed as it is
         self._walk(module, "")
         if not self.steps or self.inputs < 0:
@@ -80,20 +54,20 @@ class _Program:
             self._residual(module, name)
         elif isinstance(module, nn.Linear):
             step = self._step(module.in_features, module.out_features, name)
-            step[WEIGHT] = self._place(module, "weight", module.in_features * module.out_features)
+            step["weight"] = self._place(module, "weight", module.in_features * module.out_features)
             if module.bias is not None:
-                step[BIAS] = self._place(module, "bias", module.out_features)
+                step["bias"] = self._place(module, "bias", module.out_features)
         elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
             (width,) = module.normalized_shape
             # on top of a linear layer, unless that one's activation comes between
-            step = self._last(SCALE, ACT) or self._step(width, width, name)
-            self._fits(step[OUT], width, name)
-            step[SCALE], step[SHIFT] = self._place(module, "weight", width), self._place(module, "bias", width)
-            step[EPS] = module.eps
+            step = self._last("scale", "act") or self._step(width, width, name)
+            self._fits(step["n_out"], width, name)
+            step["scale"], step["shift"] = self._place(module, "weight", width), self._place(module, "bias", width)
+            step["eps"] = module.eps
         elif isinstance(module, nn.ReLU | nn.ELU | nn.Tanh):
-            step = self._last(ACT) or self._step(self.width, self.width, name)
-            step[ACT] = {nn.ReLU: RELU, nn.ELU: ELU, nn.Tanh: TANH}[type(module)]
-            step[ALPHA] = getattr(module, "alpha", 0.0)
+            step = self._last("act") or self._step(self.width, self.width, name)
+            step["act"] = {nn.ReLU: RELU, nn.ELU: ELU, nn.Tanh: TANH}[type(module)]
+            step["alpha"] = getattr(module, "alpha", 0.0)
         elif not isinstance(module, nn.Identity):
             raise TypeError(f"Layer {name or 'itself'} ({type(module).__name__}) has no fast forward pass.")
 
@@ -106,28 +80,26 @@ class _Program:
         width = self.inputs if width < 0 else width
         if width != self.width:
             raise ValueError(f"Residual block {name} turns {width} numbers into {self.width}.")
-        self.steps[-1][ADD] = add if add >= 0 else -2
+        self.steps[-1]["add"] = add if add >= 0 else -2
         self.closed = len(self.steps)
 
-    def _last(self, *fields: int) -> list[float] | None:
+    def _last(self, *fields: str) -> dict[str, float] | None:
         """The last step, if these and a residual are still free."""
-        if len(self.steps) <= self.closed:
-            return None
-        step = self.steps[-1]
-        return step if all((step[f] == NONE) if f == ACT else step[f] == -1 for f in (*fields, ADD)) else None
+        free = len(self.steps) > self.closed and all(self.steps[-1][field] == -1 for field in (*fields, "add"))
+        return self.steps[-1] if free else None
 
     def _fits(self, got: float, wanted: float, name: str) -> None:
         if got != wanted:
-            raise ValueError(f"Layer {name} gets {int(got)} numbers instead of {int(wanted)}.")
+            raise ValueError(f"Layer {name} gets {got} numbers instead of {wanted}.")
 
-    def _step(self, n_in: int, n_out: int, name: str) -> list[float]:
+    def _step(self, n_in: int, n_out: int, name: str) -> dict[str, float]:
         if n_in < 0:
             raise TypeError(f"Layer {name} comes before any layer that has a width.")
         if self.inputs < 0:
             self.inputs = self.width = n_in
         self._fits(self.width, n_in, name)
-        step = [-1.0] * STEP
-        step[SOURCE], step[TARGET], step[IN], step[OUT], step[ACT] = self.source, self.columns, n_in, n_out, NONE
+        step = dict.fromkeys(STEP.names or (), -1.0)
+        step.update(source=self.source, target=self.columns, n_in=n_in, n_out=n_out)
         self.source, self.width, self.columns = self.columns, n_out, self.columns + n_out
         self.steps.append(step)
         return step
@@ -163,7 +135,7 @@ class FastMlp:
     def __init__(self, module: nn.Module) -> None:
         self._plan = _Program(module)
         self.in_features, self.out_features = self._plan.inputs, self._plan.width
-        self._program = np.array(self._plan.steps)
+        self._program = np.array([tuple(step.values()) for step in self._plan.steps], STEP)
         raw = np.zeros(self._plan.size + 16, np.float32)
         skip = (-raw.ctypes.data % 64) // 4
         self._params = raw[skip : skip + self._plan.size]

@@ -13,10 +13,15 @@ Floats = NDArray[np.float32]
 SMALL_BATCH = 16
 """Up to this many rows loops over the weights serve; BLAS is faster on few rows only where it has kernels for that."""
 
-# One step: [linear + bias] [layer norm] [activation] [+ residual], a row of the program. Sources and targets are
-# columns of the workspace; -1: none.
-SOURCE, TARGET, ADD, IN, OUT, WEIGHT, BIAS, SCALE, SHIFT, EPS, ACT, ALPHA, STEP = range(13)
-NONE, RELU, ELU, TANH = 0, 1, 2, 3
+_PLACES = ("source", "target", "add", "n_in", "n_out", "weight", "bias", "scale", "shift", "act")
+STEP = np.dtype([*((name, np.int64) for name in _PLACES), ("eps", np.float64), ("alpha", np.float64)])
+"""
+One step of a program: [linear + bias] [layer norm] [activation] [+ residual].
+
+Source, target and what is added are columns of the workspace; weight, bias, scale and shift begin at these places of
+the parameters; -1: none.
+"""
+RELU, ELU, TANH = 0, 1, 2
 _SUMS = {"contract", "reassoc", "nsz"}
 
 
@@ -59,11 +64,10 @@ def _normalize(y: Floats, scale: Floats, shift: Floats, eps: float) -> None:
     n = y.shape[1]
     for b in range(len(y)):
         row = y[b]
-        mean = np.float32(0.0)
+        mean, variance = np.float32(0.0), np.float32(0.0)
         for j in range(n):
             mean += row[j]
         mean /= np.float32(n)
-        variance = np.float32(0.0)
         for j in range(n):
             variance += (row[j] - mean) * (row[j] - mean)
         factor = np.float32(1.0 / math.sqrt(np.float64(variance) / n + eps))
@@ -93,22 +97,22 @@ def _activate(y: Floats, act: int, alpha: np.float32) -> None:
 
 
 @njit(cache=True, error_model="numpy")
-def _finish(y: Floats, add: Floats, params: Floats, step: NDArray[np.float64]) -> None:
+def _finish(y: Floats, add: Floats, params: Floats, step: np.void) -> None:
     """Bias, layer norm, activation and residual, in place: each for all rows, because short calls would cost more."""
     n = y.shape[1]
-    if step[BIAS] >= 0:
+    if step["bias"] >= 0:
         # a slice: with ``at + j``, which might be negative, the loop would not be vectorised
-        bias = params[int(step[BIAS]) : int(step[BIAS]) + n]
+        bias = params[step["bias"] : step["bias"] + n]
         for b in range(len(y)):
             row = y[b]
             for j in range(n):
                 row[j] += bias[j]
-    if step[SCALE] >= 0:
-        scale, shift = int(step[SCALE]), int(step[SHIFT])
-        _normalize(y, params[scale : scale + n], params[shift : shift + n], step[EPS])
-    if step[ACT] != NONE:
-        _activate(y, int(step[ACT]), np.float32(step[ALPHA]))
-    if step[ADD] != -1:
+    if step["scale"] >= 0:
+        scale, shift = step["scale"], step["shift"]
+        _normalize(y, params[scale : scale + n], params[shift : shift + n], step["eps"])
+    if step["act"] >= 0:
+        _activate(y, step["act"], np.float32(step["alpha"]))
+    if step["add"] != -1:
         for b in range(len(y)):
             row, more = y[b], add[b]
             for j in range(n):
@@ -118,9 +122,8 @@ def _finish(y: Floats, add: Floats, params: Floats, step: NDArray[np.float64]) -
 @njit(cache=True, fastmath={"contract"})
 def _linear(x: Floats, y: Floats, params: Floats, at: int) -> None:
     """``y = x W`` for one row, four rows of W at a time; rows whose input is 0 (behind a ReLU: half) are skipped."""
-    n = len(y)
+    n, count = len(y), 0
     used = np.empty(len(x) + 1, np.int64)
-    count = 0
     for i in range(len(x)):
         used[count] = i
         count += x[i] != 0
@@ -150,12 +153,8 @@ def _linear4(x: Floats, y: Floats, params: Floats, at: int) -> None:
     y[:] = 0.0
     while k + 4 <= x.shape[1]:
         i = at + k * n
-        w0, w1, w2, w3 = (
-            params[i : i + n],
-            params[i + n : i + 2 * n],
-            params[i + 2 * n : i + 3 * n],
-            params[i + 3 * n : i + 4 * n],
-        )
+        w0, w1 = params[i : i + n], params[i + n : i + 2 * n]
+        w2, w3 = params[i + 2 * n : i + 3 * n], params[i + 3 * n : i + 4 * n]
         a0, a1, a2, a3 = a[k], a[k + 1], a[k + 2], a[k + 3]
         b0, b1, b2, b3 = b[k], b[k + 1], b[k + 2], b[k + 3]
         c0, c1, c2, c3 = c[k], c[k + 1], c[k + 2], c[k + 3]
@@ -192,24 +191,24 @@ def _multiply(x: Floats, y: Floats, params: Floats, at: int) -> None:
 
 
 @njit(cache=True, error_model="numpy")
-def forward(x: Floats, out: Floats, work: Floats, params: Floats, program: NDArray[np.float64]) -> None:
+def forward(x: Floats, out: Floats, work: Floats, params: Floats, program: NDArray[np.void]) -> None:
     """The whole program, layer by layer; column c of the workspace is a block of rows here."""
     rows, last = len(x), len(program) - 1
     for s in range(last + 1):
         step = program[s]
-        n_in, n_out = int(step[IN]), int(step[OUT])
+        n_in, n_out = step["n_in"], step["n_out"]
         source, target, add = x, out, x
-        if step[SOURCE] >= 0:
-            at = int(step[SOURCE]) * rows
+        if step["source"] >= 0:
+            at = step["source"] * rows
             source = work[at : at + rows * n_in].reshape(rows, n_in)
         if s < last:
-            at = int(step[TARGET]) * rows
+            at = step["target"] * rows
             target = work[at : at + rows * n_out].reshape(rows, n_out)
-        if step[ADD] >= 0:
-            at = int(step[ADD]) * rows
+        if step["add"] >= 0:
+            at = step["add"] * rows
             add = work[at : at + rows * n_out].reshape(rows, n_out)
-        if step[WEIGHT] >= 0:
-            _multiply(source, target, params, int(step[WEIGHT]))
+        if step["weight"] >= 0:
+            _multiply(source, target, params, step["weight"])
         else:
             target[:] = source
         _finish(target, add, params, step)

@@ -9,23 +9,15 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from sb3_ext.search.halving import (
-    CANDIDATES,
-    FIXED,
-    IN,
-    PAIR,
-    Floats,
-    begin_halving,
-    best_candidate,
-    is_decided,
-    next_candidate,
-)
+from sb3_ext.search import halving
+from sb3_ext.search.halving import CANDIDATES, FIXED, IN, PAIR, Floats, Ints, Singles
 
 # One row of float64 per root: _MIN to _TOTAL, what halving.py keeps, then the nodes. A node is eight numbers and then
 # (prior, Q, visits, child) of each slot, so that a slot is never split over two cache lines.
 _MIN, _MAX, _TOTAL = 0, 1, 2
 _VALUE, _REWARD, _PARENT, _SLOT, _VISITS, _MOST, _DEPTH, NODE = 0, 1, 2, 3, 4, 5, 6, 8
 _PRIOR, _Q, _N, _CHILD, FIELDS = 0, 1, 2, 3, 4
+# The settings of the kernels, float64: gamma, c_visit, c_scale, min_range, slots, simulations, considered actions.
 _TINY = 1e-300  # prior of a slot that exists but underflows: 0 means "not there"
 _BAD_VALUE, _BAD_REWARD, _BAD_LOGIT, NO_ACTION = 0, 1, 2, 3
 PROBLEMS = ("a value that is not finite", "a reward that is not finite", "a logit that is NaN or infinite")
@@ -98,7 +90,7 @@ class Tree(NamedTuple):
 
 
 @njit(cache=True, error_model="numpy")
-def _expand(row: Floats, base: int, logits: NDArray[np.float32], slots: int) -> int:
+def _expand(row: Floats, base: int, logits: Singles, slots: int) -> int:
     """Give a node its softmax priors and untried slots; -1, or what is wrong."""
     largest = -np.inf
     for a in range(len(logits)):
@@ -107,8 +99,7 @@ def _expand(row: Floats, base: int, logits: NDArray[np.float32], slots: int) -> 
         largest = max(largest, np.float64(logits[a]))
     if largest == -np.inf:
         return NO_ACTION
-    total = 0.0
-    at = base + NODE
+    at, total = base + NODE, 0.0
     for a in range(slots):
         prior = 0.0
         if a < len(logits) and logits[a] > -np.inf:
@@ -131,8 +122,7 @@ def _mixed_value(row: Floats, base: int, slots: int) -> float:
     visits = row[base + _VISITS]
     if visits == 0.0:
         return float(row[base + _VALUE])
-    mass, weighted = 0.0, 0.0
-    at = base + NODE
+    at, mass, weighted = base + NODE, 0.0, 0.0
     for _ in range(slots):
         if row[at + _N] > 0.0:
             mass += row[at + _PRIOR]
@@ -158,8 +148,7 @@ def _sigma(q: float, low: float, per: float, scale: float) -> float:
 @njit(cache=True, error_model="numpy")
 def _inner_slot(row: Floats, base: int, slots: int, settings: Floats, scratch: Floats) -> int:
     """Action of a node below the root: argmax pi'(a) - N(a) / (1 + N(node))."""
-    best, highest = 0, -np.inf
-    at = base + NODE
+    at, best, highest = base + NODE, 0, -np.inf
     if row[base + _VISITS] == 0.0:  # pi' is the prior
         for a in range(slots):
             if row[at] > highest:
@@ -206,11 +195,9 @@ def _root_scores(row: Floats, slots: int, settings: Floats, scratch: Floats) -> 
 @njit(cache=True, error_model="numpy")
 def _search_based_value(row: Floats, total: float) -> float:
     """
-    Search-based value estimation (Wang et al., 2024, https://arxiv.org/abs/2403.00564): the mean of the network's value
-    of the root and of the returns that the N simulations backed up to it.
-
-    ``(v(s_0) + sum_n G_n) / (N + 1)`` with ``G_n = sum_{t < d} gamma^t r_t + gamma^d v(s_d)`` along the path of
-    simulation n, whose new node lies d actions below the root.
+    Search-based value estimation (Wang et al., 2024, https://arxiv.org/abs/2403.00564): ``(v(s_0) + sum_n G_n) /
+    (N + 1)`` with the return ``G_n = sum_{t < d} gamma^t r_t + gamma^d v(s_d)`` along the path of simulation n, whose
+    new node lies d actions below the root.
     """
     return float(row[_TOTAL] / (total + 1.0))
 
@@ -222,11 +209,10 @@ def _select(
     """Walk down to an untried action and put the node to come behind it; its parent and slot."""
     base = CANDIDATES + PAIR * slots
     width = NODE + FIELDS * slots
-    if not is_decided(row):
+    if not halving.is_decided(row):
         _root_scores(row, slots, settings, scratch)
-    slot = next_candidate(row, slots, base + NODE + _N, FIELDS, simulation, total, scratch)
-    node = 0
-    depth = 1.0
+    slot = halving.next_candidate(row, slots, base + NODE + _N, FIELDS, simulation, total, scratch)
+    node, depth = 0, 1.0
     while True:
         at = base + node * width + NODE + FIELDS * slot + _CHILD
         child = int(row[at])
@@ -243,17 +229,10 @@ def _select(
 
 @njit(cache=True, error_model="numpy")
 def plant(
-    data: Floats,
-    logits: NDArray[np.float32],
-    values: NDArray[np.float32],
-    gumbel: NDArray[np.float32],
-    considered: int,
-    settings: Floats,
-    actions: NDArray[np.int64],
-    sources: NDArray[np.int64],
+    data: Floats, logits: Singles, values: Singles, gumbel: Singles, settings: Floats, actions: Ints, sources: Ints
 ) -> int:
     """Make the roots and select simulation 0; -1, or four times the row plus what is wrong."""
-    slots, total = logits.shape[1], int(settings[5])
+    slots, total, considered = logits.shape[1], int(settings[5]), int(settings[6])
     base = CANDIDATES + PAIR * slots
     scratch = np.empty(slots)
     for b in range(len(data)):
@@ -266,7 +245,7 @@ def plant(
         row[_MIN], row[_MAX], row[_TOTAL] = np.inf, -np.inf, values[b]
         row[base + _VALUE], row[base + _REWARD], row[base + _DEPTH] = values[b], 0.0, 0.0
         row[base + _PARENT], row[base + _SLOT] = -1.0, -1.0
-        begin_halving(row, gumbel[b], logits[b], considered, total)
+        halving.begin(row, gumbel[b], logits[b], considered, total)
         _, slot = _select(row, 0, total, slots, slots, settings, scratch)
         actions[b], sources[b] = slot, b
     return -1
@@ -275,13 +254,13 @@ def plant(
 @njit(cache=True, error_model="numpy")
 def step(
     data: Floats,
-    rewards: NDArray[np.float32],
-    values: NDArray[np.float32],
-    logits: NDArray[np.float32],
+    rewards: Singles,
+    values: Singles,
+    logits: Singles,
     simulation: int,
     settings: Floats,
-    actions: NDArray[np.int64],
-    sources: NDArray[np.int64],
+    actions: Ints,
+    sources: Ints,
 ) -> int:
     """Back up one simulation and select the next; -1, or four times the row plus what is wrong."""
     batch, gamma, slots, total = len(data), settings[0], int(settings[4]), int(settings[5])
@@ -320,30 +299,23 @@ def step(
 
 
 @njit(cache=True, error_model="numpy")
-def finish(
-    data: Floats,
-    settings: Floats,
-    actions: NDArray[np.int64],
-    policy: NDArray[np.float32],
-    root_values: NDArray[np.float32],
-    counts: NDArray[np.int32],
-    completed: NDArray[np.float32],
-) -> None:
-    """Read the results off the roots."""
-    slots, total = int(settings[4]), settings[5]
+def finish(data: Floats, settings: Floats) -> tuple[Ints, Singles, Singles, NDArray[np.int32], Singles]:
+    """Read the results off the roots: actions, improved policy, values, visits, completed Q."""
+    batch, slots, total = len(data), int(settings[4]), settings[5]
     base = CANDIDATES + PAIR * slots
-    scratch = np.empty(slots)
-    for b in range(len(data)):
+    scratch, actions, root_values = np.empty(slots), np.empty(batch, np.int64), np.empty(batch, np.float32)
+    policy, completed = np.empty((batch, slots), np.float32), np.empty((batch, slots), np.float32)
+    visits = np.empty((batch, slots), np.int32)
+    for b in range(batch):
         row = data[b]
         low, per = _bounds(row, settings[3])
         scale = (settings[1] + row[base + _MOST]) * settings[2]
         mixed = _mixed_value(row, base, slots)
         _root_scores(row, slots, settings, scratch)
-        actions[b] = best_candidate(row, slots, base + NODE + _N, FIELDS, scratch)
-        highest, mass = -np.inf, 0.0
-        at = base + NODE
+        actions[b] = halving.best_candidate(row, slots, base + NODE + _N, FIELDS, scratch)
+        at, highest, mass = base + NODE, -np.inf, 0.0
         for a in range(slots):
-            counts[b, a] = np.int32(row[at + _N])
+            visits[b, a] = np.int32(row[at + _N])
             q = row[at + _Q] if row[at + _N] > 0.0 else mixed
             completed[b, a] = q
             scratch[a] = -np.inf
@@ -357,3 +329,4 @@ def finish(
         for a in range(slots):
             policy[b, a] = scratch[a] / mass
         root_values[b] = _search_based_value(row, total)
+    return actions, policy, root_values, visits, completed

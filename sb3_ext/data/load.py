@@ -35,7 +35,7 @@ STORAGES = ("mmap", "compressed", "ram", "device")
 
 
 def choose_episodes(lengths: NDArray[np.int64], subset: float, seed: int) -> NDArray[np.int64]:
-    """Sorted positions of whole episodes, drawn from all over a log until they hold the share ``subset`` of its steps."""
+    """Positions of whole episodes, sorted, drawn from all over a log until they hold the share ``subset`` of steps."""
     if subset == 1:
         return np.arange(len(lengths))
     order = np.random.default_rng(seed).permutation(len(lengths))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import pathlib
-from collections.abc import Iterable
-from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common import policies
+from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -22,7 +19,6 @@ from sb3_ext.data.load import DatasetLike
 from sb3_ext.losses import LossOutput
 from sb3_ext.off_policy import minimise
 from sb3_ext.replay.dataset import OfflineReplayBuffer
-from sb3_ext.saving import save_whole
 
 
 class BC(OfflineAlgorithm):
@@ -56,17 +52,13 @@ class BC(OfflineAlgorithm):
     :raises ValueError: if dataset, environment and policy do not fit together, or a number is out of range
     """
 
-    policy_aliases: ClassVar[dict[str, Any]] = {
-        "MlpPolicy": policies.ActorCriticPolicy,
-        "CnnPolicy": policies.ActorCriticCnnPolicy,
-        "MultiInputPolicy": policies.MultiInputActorCriticPolicy,
-    }
+    policy_aliases = PPO.policy_aliases
     action_kinds = (spaces.Discrete, spaces.Box, spaces.MultiDiscrete, spaces.MultiBinary)
-    policy: policies.ActorCriticPolicy
+    policy: ActorCriticPolicy
 
     def __init__(
         self,
-        policy: str | type[policies.ActorCriticPolicy],
+        policy: str | type[ActorCriticPolicy],
         dataset: DatasetLike | ReplayBuffer | None = None,
         env: GymEnv | str | None = None,
         learning_rate: float | Schedule = 1e-4,
@@ -153,17 +145,16 @@ class BC(OfflineAlgorithm):
         """Actions as the environment got them, ``[B, D]``: buffers of SB3's algorithms hold them scaled to [-1, 1]."""
         space = self.action_space
         assert isinstance(space, spaces.Box)
+        actions = actions.flatten(1)
         if isinstance(self._dataset, OfflineReplayBuffer) or not space.is_bounded():
-            return actions.flatten(1)
+            return actions
         low, high = (th.as_tensor(bound.reshape(-1), device=actions.device) for bound in (space.low, space.high))
-        return low + 0.5 * (actions.flatten(1) + 1) * (high - low)
+        return low + 0.5 * (actions + 1) * (high - low)
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """
-        Run gradient steps.
+        Run ``gradient_steps`` gradient steps on batches of ``batch_size`` samples.
 
-        :param gradient_steps: number of steps
-        :param batch_size: samples per step
         :raises FloatingPointError: if the loss is not finite
         """
         assert self.replay_buffer is not None
@@ -198,15 +189,6 @@ class BC(OfflineAlgorithm):
             "Behaviour cloning learns from the dataset only. Use CQL to learn online too, or give PPO the weights: "
             "ppo.policy.load_state_dict(bc.policy.state_dict())."
         )
-
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """See SB3; without the dataset, with the place of the sampler in it. An older file stays until it is whole."""
-        save_whole(partial(super().save, exclude=exclude, include=include), path, ".zip")
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

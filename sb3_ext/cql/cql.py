@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pathlib
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +22,7 @@ from stable_baselines3.common.utils import polyak_update
 
 from sb3_ext.arguments import check_least
 from sb3_ext.cql.mixed import MixedReplayBuffer, OnlineReplayBuffer
-from sb3_ext.cql.offline import OfflineAlgorithm, with_adam
+from sb3_ext.cql.offline import NO_DATASET, OfflineAlgorithm, with_adam
 from sb3_ext.cuda_graphs import GraphedLoss
 from sb3_ext.data.load import DatasetLike
 from sb3_ext.dqn.dqn import QRDQN, quantile_td
@@ -32,6 +30,7 @@ from sb3_ext.losses import LossOutput, conservative_gap
 from sb3_ext.off_policy import OffPolicy
 from sb3_ext.replay.dataset import OfflineReplayBuffer
 from sb3_ext.replay.priorities import Priorities
+from sb3_ext.saving import FileLike
 from sb3_ext.threads import with_loop_threads
 
 
@@ -87,9 +86,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
     :raises ValueError: if dataset, environment and policy do not fit together, or a number is out of range
     """
 
-    policy_aliases: ClassVar[dict[str, Any]] = {
-        k: v for k, v in QRDQN.policy_aliases.items() if k != "MultiInputPolicy"
-    }
+    policy_aliases: ClassVar = {k: v for k, v in QRDQN.policy_aliases.items() if k != "MultiInputPolicy"}
     _warned_of_overestimation = False
 
     def __init__(
@@ -196,14 +193,13 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         nature = type(self.quantile_net.features_extractor) is NatureCNN  # others may not bear another layout
         if nature:
             self.policy.to(memory_format=th.channels_last)
-        self._online_forward: Callable[[th.Tensor], th.Tensor] = self.quantile_net.forward
-        self._target_forward: Callable[[th.Tensor], th.Tensor] = self.quantile_net_target.forward
+        nets = self.quantile_net, self.quantile_net_target
+        forwards: list[Callable[[th.Tensor], th.Tensor]] = [net.forward for net in nets]
         if nature and self.quantile_net.normalize_images and is_image_space(self.observation_space):
-            self._online_forward = partial(_quantiles_of_images, self.quantile_net)
-            self._target_forward = partial(_quantiles_of_images, self.quantile_net_target)
+            forwards = [partial(_quantiles_of_images, net) for net in nets]
         if self.torch_compile:
-            self._online_forward = th.compile(self._online_forward)
-            self._target_forward = th.compile(self._target_forward)
+            forwards = [th.compile(forward) for forward in forwards]
+        self._online_forward, self._target_forward = forwards
         self._forget_graphs()
 
     def _forget_graphs(self) -> None:
@@ -330,7 +326,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         :raises ValueError: if there is no environment or no dataset, or a number is out of range
         """
         if self._dataset is None:
-            raise ValueError("There is no dataset: call set_dataset(dataset) after load().")
+            raise ValueError(NO_DATASET)
         if env is not None:
             self.set_env(gym.make(env) if isinstance(env, str) else env)
         if self.env is None:
@@ -349,38 +345,35 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
 
     def _new_transitions(self) -> OnlineReplayBuffer:
         """The online buffer, made when it is first needed or no longer fits the environments."""
-        kept = self._online_buffer
-        if kept is None or kept.n_envs != self.n_envs:
-            if kept is not None and kept.size():
+        kept, offline = self._online_buffer, self._dataset
+        if kept is not None and kept.n_envs != self.n_envs:
+            if kept.size():
                 warnings.warn(
                     f"The {kept.size() * kept.n_envs} transitions of {kept.n_envs} environment(s) are forgotten: there "
                     f"are {self.n_envs} environment(s) now. Use as many as before to keep them.",
                     stacklevel=3,
                 )
-            kept = self._online_buffer = self._make_online_buffer()
+            kept = None
+        if kept is None:
+            state = offline.sampler_state if isinstance(offline, OfflineReplayBuffer) else None
+            # images take a frame per transition, as in the dataset; alpha 0 draws uniformly
+            images = isinstance(offline, OfflineReplayBuffer) and is_image_space(self.observation_space)
+            kept = self._online_buffer = OnlineReplayBuffer(
+                self.buffer_size,
+                self.observation_space,
+                self.action_space,
+                self.device,
+                self.n_envs,
+                optimize_memory_usage=images,
+                frame_stack=getattr(offline, "frame_stack", None),
+                n_steps=self.n_steps,
+                gamma=self.gamma,
+                **(state.settings if isinstance(state, Priorities) else {"alpha": 0.0}),
+            )
         kept.clip_rewards, kept.gamma = self.clip_rewards, self.gamma
         return kept
 
-    def _make_online_buffer(self) -> OnlineReplayBuffer:
-        offline = self._dataset
-        assert offline is not None
-        state = offline.sampler_state if isinstance(offline, OfflineReplayBuffer) else None
-        # images take a frame per transition, as in the dataset; alpha 0 draws uniformly
-        images = isinstance(offline, OfflineReplayBuffer) and is_image_space(self.observation_space)
-        return OnlineReplayBuffer(
-            self.buffer_size,
-            self.observation_space,
-            self.action_space,
-            self.device,
-            self.n_envs,
-            optimize_memory_usage=images,
-            frame_stack=getattr(offline, "frame_stack", None),
-            n_steps=self.n_steps,
-            gamma=self.gamma,
-            **(state.settings if isinstance(state, Priorities) else {"alpha": 0.0}),
-        )
-
-    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+    def load_replay_buffer(self, path: FileLike, truncate_last_traj: bool = True) -> None:
         """
         Load what ``save_replay_buffer`` saved: the dataset; after :meth:`learn_online` the new transitions, and the
         dataset with them if the model has none yet.

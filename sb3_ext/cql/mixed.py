@@ -11,6 +11,7 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_ext.arguments import check_share
 from sb3_ext.replay.batch import PrioritizedReplayBufferSamples, ReplayHooks, hooks_of
 from sb3_ext.replay.dataset import ClippedRewards, PrioritizedOfflineReplayBuffer
 from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
@@ -30,12 +31,10 @@ class MixedReplayBuffer(ReplayBuffer, ReplayHooks):
     :param online: where new transitions go
     :param offline_fraction: share of offline transitions per batch, from 0 to 1; everything is offline until ``online``
         has a transition
-    :raises ValueError: if the share is not in [0, 1]
     """
 
     def __init__(self, offline: ReplayBuffer, online: ReplayBuffer, offline_fraction: float = 0.5) -> None:
-        if not 0 <= offline_fraction <= 1:
-            raise ValueError(f"offline_fraction must be between 0 and 1, got {offline_fraction}.")
+        check_share(offline_fraction=offline_fraction)
         BaseBuffer.__init__(
             self, online.buffer_size, online.observation_space, online.action_space, online.device, online.n_envs
         )
@@ -61,42 +60,27 @@ class MixedReplayBuffer(ReplayBuffer, ReplayHooks):
         hooks_of(self.online).end_sequences()
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
-        """
-        Draw ``round(offline_fraction * batch_size)`` offline transitions, the rest online.
-
-        :param batch_size: B
-        :param env: VecNormalize to apply
-        :return: as :meth:`OfflineReplayBuffer.sample`, offline transitions first
-        :raises ValueError: if only one of the buffers gives n-step returns
-        """
-        n_offline = round(self.offline_fraction * batch_size) if self._has_online() else batch_size
+        """Draw ``round(offline_fraction * batch_size)`` offline transitions, which come first, and the rest online."""
+        online = self.online
+        there = online.priorities.tree.total if isinstance(online, PrioritizedReplayBuffer) else online.size()
+        n_offline = round(self.offline_fraction * batch_size) if there > 0 else batch_size
         parts = []
         if n_offline:
             parts.append(self.offline.sample(n_offline, env))
         if n_offline < batch_size:
-            parts.append(self.online.sample(batch_size - n_offline, env))
+            parts.append(online.sample(batch_size - n_offline, env))
             if self._capacity:
                 parts[-1] = parts[-1]._replace(indices=parts[-1].indices + self._capacity)  # type: ignore[call-arg,attr-defined]
         kind = PrioritizedReplayBufferSamples if self._capacity else ReplayBufferSamples
         columns = list(zip(*(part[: len(kind._fields)] for part in parts), strict=True))
         return kind(*map(_join, columns))  # type: ignore[return-value]
 
-    def _has_online(self) -> bool:
-        if isinstance(self.online, PrioritizedReplayBuffer):
-            return self.online.priorities.tree.total > 0
-        return self.online.size() > 0
-
     def weights(self, batch: Any) -> th.Tensor | None:
         """See :meth:`~sb3_ext.replay.batch.ReplayHooks.weights`."""
         return batch.weights if self._capacity else None
 
     def update_priorities(self, indices: NDArray[np.int64], td_errors: NDArray[Any]) -> None:
-        """
-        Send errors where their transitions are; see :meth:`~sb3_ext.replay.batch.ReplayHooks.update_priorities`.
-
-        :param indices: ``batch.indices``
-        :param td_errors: ``[B]``
-        """
+        """Send errors where their transitions are."""
         old = indices < self._capacity
         hooks_of(self.offline).update_priorities(indices[old], td_errors[old])
         hooks_of(self.online).update_priorities(indices[~old] - self._capacity, td_errors[~old])
@@ -109,11 +93,9 @@ class MixedReplayBuffer(ReplayBuffer, ReplayHooks):
 
 def _join(column: tuple[Any, ...]) -> Any:
     """One field of all parts of a batch."""
-    if len(column) == 1:
+    if len(column) == 1 or all(part is None for part in column):
         return column[0]
     if any(part is None for part in column):
-        if all(part is None for part in column):
-            return None
         raise ValueError("One of the buffers gives n-step returns and the other does not; use the same n_steps.")
     if isinstance(column[0], np.ndarray):
         return np.concatenate(column)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pathlib
 import sys
 import time
 import warnings
@@ -32,72 +30,44 @@ from sb3_ext.normalize import begin_statistics_of
 from sb3_ext.off_policy import MetricMeans
 from sb3_ext.replay.dataset import OfflineReplayBuffer
 from sb3_ext.replay.priorities import Priorities
+from sb3_ext.saving import FileLike, save_whole
 from sb3_ext.threads import with_loop_threads
+
+NO_DATASET = "There is no dataset: call set_dataset(dataset) after load()."
 
 
 class OfflineEnv(gym.Env[Any, Any]):
-    """
-    Stand-in for the training environment, which offline learning does not have: spaces, but no dynamics.
-
-    :param observation_space: the agent's
-    :param action_space: the agent's
-    """
+    """Stand-in for the training environment, which offline learning does not have: spaces, but no dynamics."""
 
     def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
         self.observation_space, self.action_space = observation_space, action_space
 
-    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """
-        Refuse.
-
-        :raises RuntimeError: always
-        """
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("Offline learning has no environment. Pass env= to the constructor or to learn_online().")
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """
-        Refuse.
-
-        :raises RuntimeError: always
-        """
-        raise RuntimeError("Offline learning has no environment. Pass env= to the constructor or to learn_online().")
+    reset = step = _refuse
 
 
 class MissingDataset(ReplayBuffer):
-    """
-    Stand-in for the data of a model that was loaded without it.
-
-    :param observation_space: the agent's
-    :param action_space: the agent's
-    """
+    """Stand-in for the data of a model that was loaded without it."""
 
     def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
         BaseBuffer.__init__(self, 1, observation_space, action_space)
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
-        """
-        Refuse.
-
-        :raises ValueError: always
-        """
-        raise ValueError("There is no dataset: call set_dataset(dataset) after load().")
+        """Refuse."""
+        raise ValueError(NO_DATASET)
 
 
 class OfflineProgressBar(ProgressBarCallback):
     """SB3's progress bar, with the losses and values of the last log line in front of it."""
 
-    _SHOWN = (
-        ("nll", "nll"),
-        ("td_loss", "td"),
-        ("conservative_gap", "gap"),
-        ("q_data", "Q data"),
-        ("q_best", "Q best"),
-        ("loss", "loss"),
-    )
+    _LABELS: ClassVar = {"td_loss": "td", "conservative_gap": "gap", "q_data": "Q data", "q_best": "Q best"}
 
     def _on_step(self) -> bool:
         values: dict[str, float] = self.model._last_means  # type: ignore[attr-defined]
-        shown = [f"{label} {values[key]:.3g}" for key, label in self._SHOWN if key in values]
+        known = [key for key in ("nll", *self._LABELS, "loss") if key in values]
+        shown = [f"{self._LABELS.get(key, key)} {values[key]:.3g}" for key in known]
         if shown:
             self.pbar.set_description(", ".join(shown), refresh=False)
         self.pbar.update(1)
@@ -206,10 +176,8 @@ class OfflineAlgorithm(BaseAlgorithm):
             )
 
     def _compare_spaces(self, buffer: ReplayBuffer) -> None:
-        for what, ours, theirs in (
-            ("observation_space", buffer.observation_space, self.observation_space),
-            ("action_space", buffer.action_space, self.action_space),
-        ):
+        for what in ("observation_space", "action_space"):
+            ours, theirs = getattr(buffer, what), getattr(self, what)
             if ours != theirs:
                 raise ValueError(
                     f"The {what} of the dataset and of the model or environment differ: {short_space(ours)} and "
@@ -271,21 +239,15 @@ class OfflineAlgorithm(BaseAlgorithm):
         self._seed_sampler()
 
     def get_env(self) -> VecEnv | None:
-        """
-        Return the environment; without one, a stand-in with the right spaces that refuses to step.
-
-        :return: the environment
-        """
+        """Return the environment; without one, a stand-in with the right spaces that refuses to step."""
         if self.env is None:
             return DummyVecEnv([lambda: OfflineEnv(self.observation_space, self.action_space)])
         return self.env
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """
-        Set the environment, with any number of copies.
+        Set the environment; see SB3. It has the dataset's spaces, and any number of copies.
 
-        :param env: environment with the dataset's spaces
-        :param force_reset: as in SB3
         :raises DatasetError: if its episodes begin otherwise than those of the dataset
         """
         self.n_envs = env.num_envs if isinstance(env, VecEnv) else 1
@@ -316,7 +278,7 @@ class OfflineAlgorithm(BaseAlgorithm):
         :raises FloatingPointError: if the loss is not finite
         """
         if self._dataset is None:
-            raise ValueError("There is no dataset: call set_dataset(dataset) after load().")
+            raise ValueError(NO_DATASET)
         self.replay_buffer, self._online = self._dataset, False
         begin_statistics_of(self._vec_normalize_env, self.replay_buffer)
         total_timesteps, callback = self._setup_learn(
@@ -327,7 +289,7 @@ class OfflineAlgorithm(BaseAlgorithm):
         while self.num_timesteps < total_timesteps:
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             self.num_timesteps += 1
-            self.train(gradient_steps=1, batch_size=self.batch_size)
+            self.train(gradient_steps=1, batch_size=self.batch_size)  # type: ignore[attr-defined]
             callback.update_locals(locals())
             if not callback.on_step():
                 break
@@ -335,15 +297,6 @@ class OfflineAlgorithm(BaseAlgorithm):
                 self.dump_logs()
         callback.on_training_end()
         return self
-
-    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
-        """
-        Run gradient steps on the dataset.
-
-        :param gradient_steps: number of steps
-        :param batch_size: samples per step
-        """
-        super().train(gradient_steps, batch_size)  # type: ignore[misc]
 
     def _setup_learn(
         self,
@@ -411,16 +364,11 @@ class OfflineAlgorithm(BaseAlgorithm):
             self.logger.record("dataset/action_coverage", action_coverage(share))
             self.logger.record("dataset/rarest_action_share", float(share.min()))
 
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
+    def save(self, path: FileLike, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """See SB3; without the dataset, with the place of the sampler in it. An older file stays until it is whole."""
         data = self._dataset
         self._saved_sampler = data.sampler_state if isinstance(data, OfflineReplayBuffer) else self._sampler_state
-        super().save(path, exclude, include)
+        save_whole(super().save, path, ".zip", exclude=exclude, include=include)
 
     def _excluded_save_params(self) -> list[str]:
         names = ("replay_buffer", "_dataset", "_sampler_state", "_online", "_train_metrics", "_last_means")
@@ -428,13 +376,7 @@ class OfflineAlgorithm(BaseAlgorithm):
 
 
 def sampler_mismatch(buffer: OfflineReplayBuffer, state: Any) -> str | None:
-    """
-    Compare a saved sampler with the buffer it should continue in.
-
-    :param buffer: the data
-    :param state: ``sampler_state`` of the buffer that was saved
-    :return: why the sampler cannot continue there; None if it can
-    """
+    """Why a sampler cannot continue in this data, given the ``sampler_state`` that was saved; None if it can."""
     how = {True: "by priority", False: "uniformly"}
     before, now = isinstance(state, Priorities), isinstance(buffer.sampler_state, Priorities)
     if before != now:
@@ -446,13 +388,7 @@ def sampler_mismatch(buffer: OfflineReplayBuffer, state: Any) -> str | None:
 
 
 def with_adam(policy_kwargs: dict[str, Any] | None, eps: float) -> dict[str, Any]:
-    """
-    Add the default optimizer, unless the user chose one: fused Adam, the same update in a fifth of the time.
-
-    :param policy_kwargs: of the user
-    :param eps: Adam's epsilon; lower takes larger steps where gradients are small
-    :return: arguments of the policy
-    """
+    """Add the default optimizer, unless the user chose one: fused Adam, the same update in a fifth of the time."""
     given = policy_kwargs or {}
     if "optimizer_class" in given:
         return dict(given)
@@ -460,12 +396,7 @@ def with_adam(policy_kwargs: dict[str, Any] | None, eps: float) -> dict[str, Any
 
 
 def short_space(space: spaces.Space[Any] | None) -> str:
-    """
-    Name a space without printing its bounds element by element.
-
-    :param space: any space
-    :return: short text
-    """
+    """Name a space without printing its bounds element by element."""
     if isinstance(space, spaces.Box):
         return f"Box({space.low.min()}, {space.high.max()}, {space.shape}, {space.dtype})"
     return str(space)

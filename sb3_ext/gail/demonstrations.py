@@ -31,15 +31,11 @@ from sb3_ext.data.checks import (
 )
 from sb3_ext.data.envs import is_frame_space, padding_shown_by, to_channel_first
 from sb3_ext.data.source import DatasetLike, env_spec, open_source
+from sb3_ext.gail.discriminator import Batch
 from sb3_ext.normalize import begin_statistics
 from sb3_ext.replay.frames import ArrayFrames, gather_stacks, gather_windows, split_stacks, stack_episode
 
 DemonstrationsLike: TypeAlias = DatasetLike | Sequence[Trajectory] | Sequence[Episode] | ReplayBuffer
-
-_KINDS = (
-    "a Minari dataset (object, id or path), imitation trajectories, episodes of sb3_ext.data.collect_episodes, or an "
-    "SB3 ReplayBuffer"
-)
 
 
 @dataclass(frozen=True)
@@ -65,14 +61,10 @@ class Demonstrations:
 
     Every frame is kept once; stacks are rebuilt when a batch is drawn.
 
-    :param demonstrations: any of the kinds that :class:`~sb3_ext.gail.GAIL` takes
-    :param observation_space: of the agent
-    :param action_space: of the agent
-    :param env: the agent's environment, for its time limit, its id, and what stands before an episode's first frame,
-        see :meth:`match_padding`; without one, zeros do
-    :param device: where batches go
-    :raises DatasetError: if they are damaged, invalid or of another environment
-    :raises TypeError: if they are of no known kind
+    :param demonstrations: any of the kinds that :class:`~sb3_ext.gail.GAIL` takes; errors are those named there
+    :param env: the agent's, for its time limit, its id, and what stands before an episode's first frame, see
+        :meth:`match_padding`; without one, zeros do
+    :param device: where batches go; pictures are kept on the CPU
     """
 
     def __init__(
@@ -99,17 +91,16 @@ class Demonstrations:
                 self.n_frames = recorded
         if env is not None:
             self.match_padding(env)
-        lengths = np.array([len(d.actions) for d in self.trajectories])
         self.device = th.device(device)
-        frames = np.concatenate([d.observations for d in self.trajectories])
+        frames = np.concatenate([d.observations for d in found])
         self._store, self._frames = ArrayFrames(frames), th.as_tensor(frames)
-        self._actions = th.as_tensor(np.concatenate([d.actions for d in self.trajectories]))
-        ends = [np.arange(n) == n - 1 for n in lengths]
-        over = [end & d.terminated for end, d in zip(ends, self.trajectories, strict=True)]
-        self._terminated = th.as_tensor(np.concatenate(over)).float()
+        self._actions = th.as_tensor(np.concatenate([d.actions for d in found]))
+        lengths = np.array([len(d.actions) for d in found])
         self._age = np.concatenate([np.arange(n) for n in lengths])
-        first = np.cumsum(lengths + 1) - (lengths + 1)
-        self._rows = th.as_tensor(np.concatenate([f + np.arange(n) for f, n in zip(first, lengths, strict=True)]))
+        last = self._age == np.repeat(lengths, lengths) - 1
+        self._terminated = th.as_tensor(last & np.repeat([d.terminated for d in found], lengths)).float()
+        # an episode has one frame more than it has transitions
+        self._rows = th.as_tensor(np.arange(len(last)) + np.repeat(np.arange(len(found)), lengths))
         if not is_frame_space(observation_space):
             self._frames, self._actions = self._frames.to(self.device), self._actions.to(self.device)
             self._terminated, self._rows = self._terminated.to(self.device), self._rows.to(self.device)
@@ -125,10 +116,9 @@ class Demonstrations:
 
     def match_padding(self, env: VecEnv) -> None:
         """
-        Stack single frames as the environment does at the start of an episode, and compare recorded stacks with it.
+        Stack single frames as the environment does at the start of an episode, and refuse recorded stacks that differ.
 
-        :param env: the agent's, reset once if ``n_frames`` > 1; see :func:`~sb3_ext.data.envs.padding_shown_by`
-        :raises DatasetError: if recorded stacks have another padding type
+        It is reset once if ``n_frames`` > 1; see :func:`~sb3_ext.data.envs.padding_shown_by`.
         """
         if self.n_frames == 1:
             return
@@ -148,17 +138,11 @@ class Demonstrations:
         found = gather_stacks(*places) if next_observations else (gather_windows(*places, length=0),)
         return [th.from_numpy(stacks) for stacks in found]
 
-    def get(
-        self, which: th.Tensor, normalize: VecNormalize | None = None, next_observations: bool = True
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+    def get(self, which: th.Tensor, normalize: VecNormalize | None = None, next_observations: bool = True) -> Batch:
         """
-        Transitions by number.
+        Transitions by number, ``[B]``, on the device, with observations as ``normalize`` makes them now.
 
-        :param which: their numbers, ``[B]``
-        :param normalize: normalise the observations as this wrapper does now
         :param next_observations: False returns the observations in their place
-        :return: observations ``[B, ...]``, actions ``[B, ...]``, next observations ``[B, ...]``, and whether the task
-            ended ``[B]``, on the device
         """
         which = which.to(self._rows.device)
         observations = self._observations(which, next_observations)
@@ -167,25 +151,12 @@ class Demonstrations:
         now, after = observations[0].to(self.device), observations[-1].to(self.device)
         return now, self._actions[which].to(self.device), after, self._terminated[which].to(self.device)
 
-    def sample(
-        self, n: int, normalize: VecNormalize | None = None, next_observations: bool = True
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-        """
-        Draw transitions uniformly with PyTorch's generator.
-
-        :param n: how many, B
-        :param normalize: see :meth:`get`
-        :param next_observations: see :meth:`get`
-        :return: see :meth:`get`
-        """
+    def sample(self, n: int, normalize: VecNormalize | None = None, next_observations: bool = True) -> Batch:
+        """Draw n transitions uniformly with PyTorch's generator; see :meth:`get`."""
         return self.get(th.randint(len(self), (n,)), normalize, next_observations)
 
     def begin_statistics(self, normalize: VecNormalize | None) -> None:
-        """
-        Give a wrapper that has seen no observation yet the mean and variance of these.
-
-        :param normalize: the wrapper
-        """
+        """Give a wrapper that has seen no observation yet the mean and variance of these."""
         begin_statistics(normalize, lambda i: self.get(th.from_numpy(i), None, False)[0].cpu().numpy(), len(self))
 
 
@@ -223,26 +194,26 @@ def _read(
     if isinstance(demonstrations, ReplayBuffer):
         name, found = "the replay buffer", _split_buffer(demonstrations)
     elif _all_are(Trajectory, demonstrations):
-        limit = _time_limit(env)
-        name, found = (
-            "the trajectories",
-            [Demonstration(_array(d), d.acts, _terminated(d, limit)) for d in demonstrations],
-        )
+        limit = getattr(_spec(env), "max_episode_steps", None)
+        name, found = "the trajectories", [_from_imitation(d, limit) for d in demonstrations]
     elif _all_are(Episode, demonstrations):
         name, found = "the episodes", [Demonstration(d.observations, d.actions, d.terminated) for d in demonstrations]
-        space = _frame_space(found[0].observations, observation_space)
+        first = found[0].observations
+        if first.dtype == np.uint8 and is_frame_space(observation_space):  # frames as they were recorded
+            space = spaces.Box(0, 255, first.shape[1:], np.uint8)
     else:
         empty = isinstance(demonstrations, Sequence) and not demonstrations
-        raise TypeError(f"Demonstrations are {_KINDS}; got {'nothing' if empty else type(demonstrations).__name__}.")
+        raise TypeError(
+            "Demonstrations are a Minari dataset (object, id or path), imitation trajectories, episodes of "
+            "sb3_ext.data.collect_episodes, or an SB3 ReplayBuffer; got "
+            f"{'nothing' if empty else type(demonstrations).__name__}."
+        )
     return name, _check(name, found, space, action_space), space
 
 
 def _all_are(kind: type, demonstrations: Any) -> bool:
-    return (
-        isinstance(demonstrations, Sequence)
-        and bool(demonstrations)
-        and all(isinstance(d, kind) for d in demonstrations)
-    )
+    some = isinstance(demonstrations, Sequence) and len(demonstrations) > 0
+    return some and all(isinstance(d, kind) for d in demonstrations)
 
 
 def _read_minari(
@@ -255,41 +226,22 @@ def _read_minari(
     theirs, ours = (env_spec(source.metadata) or {}).get("id"), getattr(_spec(env), "id", None)
     found = [Demonstration(e.observations, e.actions, e.terminated) for e in source.read_all()]
     if theirs and ours and theirs != ours:
-        warnings.warn(
-            f"{source.name} was made in {theirs}, the environment to train in is {ours}; their spaces agree.",
-            stacklevel=2,
-        )
+        message = f"{source.name} was made in {theirs}, the environment to train in is {ours}; their spaces agree."
+        warnings.warn(message, stacklevel=2)
     return source.name, found, source.observation_space
 
 
 def _spec(env: VecEnv | None) -> Any:
-    if env is None:
-        return None
-    try:
-        return env.get_attr("spec", 0)[0]
-    except AttributeError:
-        return None
+    return None if env is None or not env.has_attr("spec") else env.get_attr("spec", 0)[0]
 
 
-def _time_limit(env: VecEnv | None) -> int | None:
-    return getattr(_spec(env), "max_episode_steps", None)
-
-
-def _array(trajectory: Trajectory) -> NDArray[Any]:
+def _from_imitation(trajectory: Trajectory, time_limit: int | None) -> Demonstration:
+    """As imitation has it, which marks an episode that a time limit cut as terminal too."""
     if isinstance(trajectory.obs, DictObs):
         raise DatasetError("The trajectories have Dict observations; GAIL needs arrays.")
-    return np.asarray(trajectory.obs)
-
-
-def _terminated(trajectory: Trajectory, time_limit: int | None) -> bool:
-    """Whether the task ended; imitation marks an episode that a time limit cut as terminal too."""
-    if not trajectory.terminal:
-        return False
-    if trajectory.infos is not None and len(trajectory.infos):
-        truncated = trajectory.infos[-1].get("TimeLimit.truncated")
-        if truncated is not None:
-            return not truncated
-    return len(trajectory.acts) != time_limit
+    last = {} if trajectory.infos is None else trajectory.infos[-1]
+    truncated = last.get("TimeLimit.truncated", len(trajectory.acts) == time_limit)
+    return Demonstration(np.asarray(trajectory.obs), trajectory.acts, trajectory.terminal and not truncated)
 
 
 def _split_buffer(buffer: ReplayBuffer) -> list[Demonstration]:
@@ -303,9 +255,7 @@ def _split_buffer(buffer: ReplayBuffer) -> list[Demonstration]:
             else f"is a {type(buffer).__name__}, not SB3's ReplayBuffer"
         )
         raise DatasetError(f"The replay buffer {why}; record episodes of the agent with sb3_ext.record instead.")
-    order = np.arange(buffer.size())
-    if buffer.full:
-        order = np.roll(order, -buffer.pos)
+    order = np.roll(np.arange(buffer.size()), -buffer.pos if buffer.full else 0)
     found = []
     for column in range(buffer.n_envs):
         dones = buffer.dones[order, column] > 0
@@ -329,20 +279,12 @@ def _environment_actions(actions: NDArray[Any], space: spaces.Space[Any]) -> NDA
     return actions.reshape(-1) if isinstance(space, spaces.Discrete) else actions
 
 
-def _frame_space(observations: NDArray[Any], space: spaces.Box) -> spaces.Box:
-    """Space of single observations as they were recorded."""
-    if observations.dtype == np.uint8 and is_frame_space(space):
-        return spaces.Box(0, 255, observations.shape[1:], np.uint8)
-    return space
-
-
 def _check(
-    name: str, found: list[Demonstration], observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
+    name: str, found: list[Demonstration], observation_space: spaces.Box, action_space: spaces.Space[Any]
 ) -> list[Demonstration]:
     """The checks that a dataset went through when it was read."""
     if not isinstance(action_space, (spaces.Discrete, spaces.Box)):
         raise DatasetError(f"{name}: the environment's actions are {action_space}; Discrete and Box are supported.")
-    assert isinstance(observation_space, spaces.Box)
     checked = []
     for number, d in enumerate(found):
         where = f"{name}, episode {number}"

@@ -23,13 +23,8 @@ class Discriminator:
     """
     Network, optimizer and training step of the discriminator, with the loss of ``imitation``'s adversarial trainer.
 
-    :param observation_space: of the agent
-    :param action_space: of the agent
-    :param net: the network, see :func:`make_reward_net`
-    :param learning_rate: of Adam; a float or a schedule
     :param penalty: weight of the gradient penalty, 0 for none
     :param penalty_every: steps from one penalty to the next; each weighs as many times as much
-    :param device: of the network
     """
 
     def __init__(
@@ -53,11 +48,7 @@ class Discriminator:
         self._last: tuple[th.Tensor, th.Tensor, th.Tensor] | None = None
 
     def set_progress(self, remaining: float) -> None:
-        """
-        Follow the learning-rate schedule.
-
-        :param remaining: share of the training that is still to come, from 1 to 0
-        """
+        """Follow the learning-rate schedule; ``remaining`` is the share of the training to come, from 1 to 0."""
         update_learning_rate(self.optimizer, self._schedule(remaining))
 
     def _preprocess(self, batch: Batch) -> Batch:
@@ -76,13 +67,10 @@ class Discriminator:
         self, expert: Batch, generator: Batch, log_probs: tuple[th.Tensor, th.Tensor] | None = None, n_steps: int = 1
     ) -> None:
         """
-        Steps on the mean binary cross-entropy between expert (1) and generator (0).
+        Steps on the mean binary cross-entropy between expert (1) and generator (0), who have B transitions for each.
 
-        :param expert: transitions of the expert, B for each step
-        :param generator: as many of the agent
         :param log_probs: log pi(a|s) of the expert's and of the agent's actions, ``[n_steps * B]`` each: subtracted
             from the network's output, which makes this AIRL's discriminator
-        :param n_steps: how many steps
         """
         e, g = self._preprocess(expert), self._preprocess(generator)
         size = len(e[0]) // n_steps
@@ -113,9 +101,8 @@ class Discriminator:
         """
         self._train_mode(False)  # these points are nobody's data: they stay out of the input normalisation
         share = th.rand(len(expert[0]), device=self.device)
-        between = []
-        for e, g in zip(expert, generator, strict=True):
-            between.append(th.lerp(g, e, share.view(-1, *[1] * (e.ndim - 1))).requires_grad_(True))
+        pairs = zip(expert, generator, strict=True)
+        between = [th.lerp(g, e, share.view(-1, *[1] * (e.ndim - 1))).requires_grad_(True) for e, g in pairs]
         gradients = th.autograd.grad(self.net(*between).sum(), between, create_graph=True, allow_unused=True)
         self._train_mode(True)
         flat = th.cat([g.reshape(len(g), -1) for g in gradients if g is not None], 1)
@@ -123,13 +110,7 @@ class Discriminator:
         return penalty
 
     def logits(self, batch: Batch, log_prob: th.Tensor | None = None) -> th.Tensor:
-        """
-        Score transitions, without gradient.
-
-        :param batch: the transitions, on any device
-        :param log_prob: as in :meth:`train`, ``[B]``
-        :return: logits, high for the expert, ``[B]``
-        """
+        """Logits of transitions on any device, high for the expert, ``[B]``; ``log_prob`` as in :meth:`train`."""
         found = []
         with th.no_grad():
             for start in range(0, len(batch[0]), SCORED_AT_ONCE):
@@ -139,11 +120,7 @@ class Discriminator:
         return logits if log_prob is None else logits - log_prob.to(self.device)
 
     def statistics(self) -> dict[str, float]:
-        """
-        Describe the last training step as ``imitation`` does.
-
-        :return: loss, accuracies and entropy by name; empty if there was no step
-        """
+        """Loss, accuracies and entropy of the last step by ``imitation``'s names; empty if there was none."""
         if self._last is None:
             return {}
         stats = compute_train_stats(*self._last)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import pathlib
 from collections import deque
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import torch as th
 from imitation.rewards.reward_nets import RewardNet
-from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
@@ -26,7 +22,7 @@ from sb3_ext.gail.demonstrations import Demonstrations, DemonstrationsLike
 from sb3_ext.gail.discriminator import Discriminator
 from sb3_ext.gail.reward import LOGIT_CLIP, AbsorbingStates, RewardForm, make_reward_net, reward_form
 from sb3_ext.gail.rollout import RolloutNotes
-from sb3_ext.saving import save_whole
+from sb3_ext.saving import FileLike, save_whole
 from sb3_ext.threads import with_loop_threads
 
 
@@ -141,13 +137,9 @@ class GAIL(PPO):
         _init_setup_model: bool = True,
     ) -> None:
         reward_form(reward)
-        check_least(
-            1, disc_batch_size=disc_batch_size, penalty_every=penalty_every, replay_rollouts=replay_rollouts
-        )  # fmt: skip
-        check_least(
-            0, n_disc_updates=n_disc_updates, gradient_penalty=gradient_penalty, bc_epochs=bc_epochs,
-            disc_learning_rate=None if callable(disc_learning_rate) else disc_learning_rate,
-        )  # fmt: skip
+        check_least(1, disc_batch_size=disc_batch_size, penalty_every=penalty_every, replay_rollouts=replay_rollouts)
+        check_least(0, n_disc_updates=n_disc_updates, gradient_penalty=gradient_penalty, bc_epochs=bc_epochs)
+        check_least(0, disc_learning_rate=None if callable(disc_learning_rate) else disc_learning_rate)
         self.reward, self.absorbing = reward, absorbing
         self.reward_net_class, self.reward_net_kwargs = reward_net_class, reward_net_kwargs or {}
         self.disc_learning_rate, self.disc_batch_size = disc_learning_rate, disc_batch_size
@@ -216,7 +208,6 @@ class GAIL(PPO):
         """
         Set the environment; see SB3.
 
-        :param env: as in SB3
         :param force_reset: as in SB3; False also leaves the demonstrations' frame stacks as they are
         :raises DatasetError: if the demonstrations are frame stacks that begin an episode otherwise
         """
@@ -226,21 +217,10 @@ class GAIL(PPO):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        net = make_reward_net(
-            self.observation_space,
-            self.action_space,
-            self.reward_net_class,
-            self.reward_net_kwargs,
-            self.spectral_norm,
-        )
+        spaces = self.observation_space, self.action_space
+        net = make_reward_net(*spaces, self.reward_net_class, self.reward_net_kwargs, self.spectral_norm)
         self.discriminator = Discriminator(
-            self.observation_space,
-            self.action_space,
-            net,
-            self.disc_learning_rate,
-            self.gradient_penalty,
-            self.device,
-            self.penalty_every,
+            *spaces, net, self.disc_learning_rate, self.gradient_penalty, self.device, self.penalty_every
         )
         self._reward_form = reward_form(self.reward)
         self._past: deque[tuple[th.Tensor, ...]] = deque(maxlen=self.replay_rollouts)
@@ -256,14 +236,9 @@ class GAIL(PPO):
         progress_bar: bool = False,
     ) -> Self:
         """
-        Learn to act as demonstrated; see PPO.
+        Learn to act as demonstrated; arguments as in PPO.
 
-        :param total_timesteps: environment steps
         :param callback: SB3 callbacks; when they see the end of a rollout its rewards are not made yet
-        :param log_interval: rollouts between log lines
-        :param tb_log_name: name of the run for TensorBoard
-        :param reset_num_timesteps: False continues counting
-        :param progress_bar: show progress
         :return: self
         :raises ValueError: if there are no demonstrations, as after ``load``
         """
@@ -325,16 +300,13 @@ class GAIL(PPO):
         # last, so that the user's callbacks still see the environment's reward
         return super()._init_callback([*found, RolloutNotes(self._end_rollout)], progress_bar)
 
-    def _end_rollout(self, rollout: RolloutNotes, last_values: th.Tensor, dones: NDArray[np.bool_]) -> None:
+    def _end_rollout(self, rollout: RolloutNotes) -> None:
         """Train the discriminator on a finished rollout, then give the rollout its rewards."""
-        buffer = self.rollout_buffer
-        terminated = rollout.terminated
-        assert isinstance(self._last_obs, np.ndarray)
-        steps = rollout.transitions(buffer, self.policy, self._last_obs, self.discriminator.needs_next, self.device)
+        buffer, terminated = self.rollout_buffer, rollout.terminated
+        steps = rollout.transitions(self.discriminator.needs_next)
         self._past.append(steps)
         self._train_discriminator()
-        log_prob = steps[4] if self.reward == "airl" else None
-        logits = self.discriminator.logits(steps[:4], log_prob)
+        logits = self.discriminator.logits(steps[:4], steps[4] if self.reward == "airl" else None)
         shift = 0.0
         if self.absorbing:
             ends = int(terminated.sum())
@@ -347,7 +319,7 @@ class GAIL(PPO):
         rewards = self._reward_form(logits).cpu().numpy().reshape(buffer.rewards.shape)
         self.logger.record("gail/reward_mean", float(rewards.mean()))
         buffer.rewards += rewards - shift  # the bootstrap of time limits is in there already
-        buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
+        buffer.compute_returns_and_advantage(rollout.locals["values"], rollout.locals["dones"])
         for key, stat in self.discriminator.statistics().items():
             self.logger.record(f"gail/{key}", stat)
         self.logger.record("gail/true_reward_mean", float(np.mean(rollout.true_rewards)))
@@ -370,32 +342,21 @@ class GAIL(PPO):
                     log_probs = self._log_prob(expert[0], expert[1]), log_prob
             self.discriminator.train(expert, (o, a, after, ended), log_probs, at_once)
 
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
+    def save(self, path: FileLike, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """See SB3; an older file stays under ``path`` until the new one is whole."""
-        save_whole(partial(super().save, exclude=exclude, include=include), path, ".zip")
+        save_whole(super().save, path, ".zip", exclude=exclude, include=include)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         names, variables = super()._get_torch_save_params()
         return [*names, "discriminator.net", "discriminator.optimizer"], variables
 
     def _excluded_save_params(self) -> list[str]:
-        return [
-            *super()._excluded_save_params(),
-            "_absorbing",
-            "_demonstrations",
-            "_past",
-            "_reward_form",
-        ]
+        return [*super()._excluded_save_params(), "_absorbing", "_demonstrations", "_past", "_reward_form"]
 
     @classmethod
     def load(
         cls,
-        path: str | pathlib.Path | io.BufferedIOBase,
+        path: FileLike,
         env: GymEnv | None = None,
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
@@ -406,13 +367,7 @@ class GAIL(PPO):
         """
         Load a model with its discriminator; call :meth:`set_demonstrations` before it learns on.
 
-        :param path: as in SB3
-        :param env: as in SB3
-        :param device: as in SB3
-        :param custom_objects: as in SB3
-        :param print_system_info: as in SB3
-        :param force_reset: as in SB3
-        :param kwargs: as in SB3; ``demonstrations`` sets them at once
+        :param kwargs: as in SB3, like the other arguments; ``demonstrations`` sets them at once
         :return: the model
         :raises ValueError: if the file holds another algorithm's model
         """

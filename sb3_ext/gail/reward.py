@@ -52,15 +52,7 @@ class NatureRewardNet(RewardNet):
         self.head = nn.Sequential(nn.Linear(n_inputs, hid_size), nn.ReLU(), nn.Linear(hid_size, 1))
 
     def forward(self, state: th.Tensor, action: th.Tensor, next_state: th.Tensor, done: th.Tensor) -> th.Tensor:
-        """
-        Logit of each transition.
-
-        :param state: pictures in [0, 1], ``[B, C, H, W]``
-        :param action: one-hot or continuous, ``[B, ...]``
-        :param next_state: not used
-        :param done: not used
-        :return: logits, ``[B]``
-        """
+        """Logits, ``[B]``, of pictures in [0, 1], ``[B, C, H, W]``, and one-hot or continuous actions, ``[B, ...]``."""
         features = self.features(state)
         if self.use_action:
             features = th.cat([features, action.flatten(1)], dim=1)
@@ -69,7 +61,6 @@ class NatureRewardNet(RewardNet):
 
 
 RewardForm: TypeAlias = Callable[[th.Tensor], th.Tensor]
-
 
 REWARDS: dict[str, RewardForm] = {
     "-log(1-D)": F.softplus,
@@ -82,13 +73,7 @@ REWARDS: dict[str, RewardForm] = {
 
 
 def reward_form(reward: str | RewardForm) -> RewardForm:
-    """
-    Look a reward form up.
-
-    :param reward: its name, or a function from logits ``[B]`` to rewards ``[B]``
-    :return: the function
-    :raises ValueError: if there is none of that name
-    """
+    """Look a reward form up by its name; a function from logits ``[B]`` to rewards ``[B]`` is one."""
     if callable(reward):
         return reward
     if reward not in REWARDS:
@@ -106,21 +91,16 @@ def make_reward_net(
     """
     Build the network behind the discriminator.
 
-    :param observation_space: of the agent, pictures channel first
-    :param action_space: of the agent
-    :param net_class: a reward network of ``imitation``; default:
-        :class:`~sb3_ext.gail.reward.NatureRewardNet` for pictures, else ``BasicRewardNet`` with ``RunningNorm`` on
-        its input
+    :param net_class: a reward network of ``imitation``; default: :class:`NatureRewardNet` for pictures (channel
+        first), else ``BasicRewardNet`` with ``RunningNorm`` on its input
     :param net_kwargs: further arguments for it
     :param spectral_norm: bound the Lipschitz constant of each layer by 1 (Miyato et al., 2018)
-    :return: the network
     """
-    defaults: dict[str, Any] = {}
     if net_class is None and is_frame_space(observation_space):
         net_class = NatureRewardNet
     elif net_class is None:
-        net_class, defaults = BasicRewardNet, {"normalize_input_layer": RunningNorm}
-    net = net_class(observation_space, action_space, **{**defaults, **net_kwargs})
+        net_class, net_kwargs = BasicRewardNet, {"normalize_input_layer": RunningNorm, **net_kwargs}
+    net = net_class(observation_space, action_space, **net_kwargs)
     if spectral_norm:
         for module in net.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -154,7 +134,6 @@ class AbsorbingStates:
     log(p_E / p_G) would fade with the agent's last ends and leap back with the next one, by tens of rewards in every
     state's value; so the logit stays at its bound, where "-log(1-D)" takes next to nothing from the reward.
 
-    :param gamma: discount factor
     :param n_expert: steps of the demonstrations
     :param n_expert_ends: how many of them ended the task
     """
@@ -172,23 +151,16 @@ class AbsorbingStates:
 
     def update(self, generator_share: float | None, steps: int, ends: int) -> float:
         """
-        Average the generator's share over rollouts, weighting the last with 1 - ``MEMORY``.
+        The generator's share, averaged over rollouts.
 
-        :param generator_share: the share so far, None if there was no rollout
-        :param steps: steps of the new rollout
-        :param ends: how many of them ended the task
-        :return: the share now
+        :param generator_share: so far, None if there was no rollout
+        :param steps: of the new rollout, whose weight is 1 - ``MEMORY``; ``ends`` of them ended the task
         """
         new = self._share(steps, ends)
         return new if generator_share is None else self.MEMORY * generator_share + (1 - self.MEMORY) * new
 
     def logits(self, generator_share: float) -> tuple[float, float]:
-        """
-        Logit of the absorbing state, and what to add to all others.
-
-        :param generator_share: share of the absorbing state in the generator's experience
-        :return: both; the first within +-``LOGIT_CLIP``
-        """
+        """Logit of the absorbing state, within +-``LOGIT_CLIP``, and what to add to all others."""
         e = self.SMALLEST
         other = math.log((1 - self.expert_share + e) / (1 - generator_share + e))
         if self.expert_share == 0:

@@ -29,11 +29,7 @@ def _hidden(name: str, suffix: str = "") -> str:
 
 
 def sync(path: Path) -> None:
-    """
-    Flush a file, or the list of names in a folder, to the disk.
-
-    :param path: the file or folder
-    """
+    """Flush a file, or the list of names in a folder, to the disk."""
     is_folder, windows = path.is_dir(), os.name == "nt"
     if is_folder and windows:  # it has no such thing
         return
@@ -48,11 +44,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """
-    Flush a folder with everything in it to the disk.
-
-    :param folder: the folder
-    """
+    """Flush a folder with everything in it to the disk."""
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync(Path(place, name))
@@ -60,18 +52,11 @@ def sync_tree(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """
-    Make a folder and those above it that are missing, so that they outlast a crash.
-
-    :param folder: the folder, which may exist
-    """
+    """Make a folder, which may exist, and those above it that are missing, so that they outlast a crash."""
     missing = [place for place in (folder, *folder.parents) if not place.is_dir()]
     folder.mkdir(parents=True, exist_ok=True)
     for place in missing:
         sync(place.parent)
-
-
-# ------------------------------------------------------------------ files
 
 
 @contextmanager
@@ -79,11 +64,9 @@ def atomic_path(path: str | os.PathLike[str], *, flush: bool = True) -> Iterator
     """
     Give a temporary name beside ``path``; on success move the file there, on failure remove it.
 
-    The content is flushed to disk before the move, so after a crash ``path`` is either the old or the new file.
-
-    :param path: the file to write; missing folders are made
-    :param flush: False: the caller flushes the file before anything relies on it, for many files at a time
-    :return: the name to write to, with the same suffix
+    The content is flushed to disk before the move, so after a crash ``path`` is either the old or the new file. With
+    ``flush=False`` the caller flushes it before anything relies on it, for many files at a time. The name has the same
+    suffix; missing folders are made.
     """
     final = Path(path)
     make_folder(final.parent)
@@ -101,41 +84,23 @@ def atomic_path(path: str | os.PathLike[str], *, flush: bool = True) -> Iterator
 
 
 def write_file(path: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
-    """
-    Write a file that appears under its name only when it is complete.
-
-    :param path: the file
-    :param data: its contents
-    :param flush: as in :func:`atomic_path`
-    """
+    """Write a file that appears under its name only when it is complete; ``flush`` as in :func:`atomic_path`."""
     with atomic_path(path, flush=flush) as partial:
         partial.write_bytes(data)
 
 
 def move_into(path: Path, target: Path) -> None:
     """
-    Move a finished file into a folder that is not in its own place yet.
+    Move a finished file to its name in a folder that is not in its own place yet; missing folders are made.
 
     Nothing is flushed: :func:`replace_folder` does that for the whole folder.
-
-    :param path: the file
-    :param target: its name there; missing folders are made
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(path, target)
 
 
-# ------------------------------------------------------------------ folders
-
-
 def work_folder(final: Path, purpose: str) -> Path:
-    """
-    Name a hidden folder beside another in which work goes on after a kill; one process at a time may use it.
-
-    :param final: the place of the finished folder
-    :param purpose: what is done in it
-    :return: the hidden folder, always the same for the same arguments
-    """
+    """Name the hidden folder beside ``final`` in which work goes on after a kill; one process at a time may use it."""
     return final.with_name(f".{final.name}-{purpose}")
 
 
@@ -144,11 +109,8 @@ def atomic_folder(path: Path, good: Callable[[Path], bool] | None = None) -> Ite
     """
     Give a new hidden folder beside ``path`` to fill; on success move it there, on failure remove it.
 
-    Several processes may do this at the same time.
-
-    :param path: the folder's place; missing folders above it are made
-    :param good: whether a folder that is there already may stay instead of the new one; default: it never does
-    :return: the folder to fill
+    Several processes may do this at the same time. ``good`` says whether a folder that is there already may stay
+    instead of the new one; by default it never does. Missing folders above it are made.
     """
     make_folder(path.parent)
     partial = path.with_name(_hidden(path.name))
@@ -174,13 +136,9 @@ def _old(new: Path) -> Path:
     return new.with_name(new.name + ".old")
 
 
-def _gone(new: Path) -> Path:
-    return new.with_name(new.name + ".gone")
-
-
 def _discard_old(new: Path) -> None:
     """Remove the folder that was replaced, first its name: half of it must never be put back."""
-    old, gone = _old(new), _gone(new)
+    old, gone = _old(new), new.with_name(new.name + ".gone")
     shutil.rmtree(gone, ignore_errors=True)
     if old.exists():
         os.replace(old, gone)
@@ -189,11 +147,9 @@ def _discard_old(new: Path) -> None:
 
 def replace_folder(new: Path, final: Path, *, synced: bool = False) -> None:
     """
-    Flush a finished folder and move it to its place; an older one is removed only after that.
+    Flush a finished folder, beside its place, and move it there; an older one is removed only after that.
 
-    :param new: the finished folder, beside its place
-    :param final: its place
-    :param synced: everything in it is on the disk already
+    ``synced`` says that everything in it is on the disk already.
     """
     if not synced:
         sync_tree(new)
@@ -212,20 +168,12 @@ def replace_folder(new: Path, final: Path, *, synced: bool = False) -> None:
 
 
 def recover_folder(new: Path, final: Path) -> None:
-    """
-    Put right what a :func:`replace_folder` that was killed in the middle left behind.
-
-    :param new: as then
-    :param final: as then
-    """
+    """Put right what a :func:`replace_folder` of the same folders that was killed in the middle left behind."""
     old = _old(new)
     if old.exists() and not final.exists():
         os.replace(old, final)
         sync(final.parent)
     _discard_old(new)
-
-
-# ------------------------------------------------------------------ leftovers
 
 
 def _changed(path: Path) -> float:
@@ -248,11 +196,9 @@ def remove_leftovers(folder: Path, age: float = DAY, *, deep: bool = False) -> N
     """
     Remove what killed processes left behind, and put back a folder whose replacement never came.
 
-    Only names that this module gives are touched. What may not be removed stays, for example another user's.
-
-    :param folder: where to look; it need not exist
-    :param age: only what nobody has changed for so many seconds; 0: no other process writes here
-    :param deep: look in the folders below, too
+    Only names that this module gives are touched, and only what nobody has changed for ``age`` seconds (0: no other
+    process writes here). What may not be removed stays, for example another user's. The folder need not exist; those
+    below it are looked through if ``deep``.
     """
     for place, folders, names in os.walk(folder):
         for match in filter(None, map(_LEFTOVER.fullmatch, (*folders, *names))):

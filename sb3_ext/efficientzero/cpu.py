@@ -18,13 +18,8 @@ from sb3_ext.threads import blas_threads
 
 class FastNetwork:
     """
-    The parts of an MLP network that the search calls, compiled; their parameters are read again when torch changed
-    them.
-
-    :param network: the network, without value prefixes
-    :param support: bins of values and rewards, ``[support_size]``
-    :param action_size: numbers that describe an action
-    :param num_sampled_actions: continuous control: slots of a node; None: actions are discrete
+    The parts of an MLP network without value prefixes, compiled; their parameters are read again when torch changed
+    them. ``num_sampled_actions`` are the slots of a node in continuous control; None: actions are discrete.
     """
 
     def __init__(
@@ -38,11 +33,8 @@ class FastNetwork:
         self._one_hot = np.eye(action_size, dtype=np.float32)
 
     def refresh(self, optimizer_steps: int) -> None:
-        """
-        Read the parameters if they changed.
-
-        :param optimizer_steps: so far; fused optimizers leave torch's version counters as they are
-        """
+        """Read the parameters if they changed, after so many steps of the optimizer."""
+        # fused optimizers leave torch's version counters as they are
         version = sum(p._version for p in self._parameters) + optimizer_steps
         if version != self._version:
             for part in self._parts:

@@ -174,10 +174,9 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
             raise ValueError(f"value_target must be one of {', '.join(VALUE_TARGETS)}, not {value_target!r}.")
         if search_value not in SEARCH_VALUES:
             raise ValueError(f"search_value must be one of {', '.join(SEARCH_VALUES)}, not {search_value!r}.")
-        if buffer_size < unroll_steps + n_steps:
-            raise ValueError(
-                f"Windows have {unroll_steps + n_steps} transitions, buffer_size is {buffer_size}. Raise it."
-            )
+        window = unroll_steps + n_steps
+        if buffer_size < window:
+            raise ValueError(f"Windows have {window} transitions, buffer_size is {buffer_size}. Raise it.")
         super().__init__(
             policy,
             env,
@@ -203,8 +202,7 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
             sde_support=False,
         )
         self.unroll_steps, self.num_simulations = unroll_steps, num_simulations
-        self.max_num_considered_actions = max_num_considered_actions
-        self.num_sampled_actions = num_sampled_actions
+        self.num_sampled_actions, self.max_num_considered_actions = num_sampled_actions, max_num_considered_actions
         self.value_target, self.search_value = value_target, search_value
         self.mixed_start, self.mixed_threshold = mixed_start, mixed_threshold
         self.target_update_interval, self.memoize_reanalysis = target_update_interval, memoize_reanalysis
@@ -220,8 +218,7 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
     def _setup_model(self) -> None:
         _check_supported(self.observation_space, self.action_space, self.policy_class, self.batch_size)
         if self.image_shift is None:
-            shape = self.observation_space.shape
-            assert shape is not None
+            shape = self.observation_space.shape or ()
             self.image_shift = 4 if len(shape) == 3 and min(shape[1:]) >= 32 else 0
         if self.ent_coef is None:
             self.ent_coef = 0.0 if isinstance(self.action_space, spaces.Discrete) else 5e-2
@@ -240,15 +237,9 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
         self._forget_graphs()
 
     def _make_replay_buffer(self) -> SequenceReplayBuffer:
-        return SequenceReplayBuffer(
-            self.buffer_size,
-            self.observation_space,
-            self.action_space,
-            self.device,
-            self.n_envs,
-            self.optimize_memory_usage,
-            **{"alpha": 1.0, "beta": 1.0, **self.replay_buffer_kwargs, "length": self._window_length},
-        )
+        kwargs = {"alpha": 1.0, "beta": 1.0, **self.replay_buffer_kwargs, "length": self._window_length}
+        rest = self.device, self.n_envs, self.optimize_memory_usage
+        return SequenceReplayBuffer(self.buffer_size, self.observation_space, self.action_space, *rest, **kwargs)
 
     @property
     def _window_length(self) -> int:
@@ -263,30 +254,19 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
             self.policy_target.load_state_dict(self.policy.state_dict())
 
     def augment(self, observations: th.Tensor) -> th.Tensor:
-        """
-        Shift images and change their intensity at random; leave vectors alone.
-
-        :param observations: ``[B, *obs_shape]``
-        :return: the same shape
-        """
+        """Shift images ``[B, *obs_shape]`` and change their intensity at random; leave vectors alone."""
         if not self.image_shift:
             return observations
         return random_intensity(random_shift(observations, self.image_shift), 0.05)
 
     def reanalyze(self, batch: SequenceSamples) -> Targets:
-        """
-        Search from the first K + 1 observations of each window with the target network.
-
-        :param batch: windows of the replay buffer
-        :return: targets of value and policy
-        """
+        """Targets of value and policy: search from the first K + 1 observations of windows with the target network."""
         late = self.value_target == "mixed" and self._n_updates >= self.mixed_start
         memo = None
         if self.memoize_reanalysis:
-            buffer = self.replay_buffer
+            buffer, policy = self.replay_buffer, self.policy
             assert isinstance(buffer, SequenceReplayBuffer)
             memo = buffer.memo = buffer.memo or SearchMemo(buffer.buffer_size * buffer.n_envs)
-            policy = self.policy
             memo.settings = repr((self.search_value, self.gamma, policy.num_simulations, policy.considered))
         return reanalyze(
             self.policy_target, batch, unroll_steps=self.unroll_steps, n_steps=self.n_steps,
@@ -296,10 +276,8 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
 
     def compute_loss(self, batch: SequenceSamples) -> LossOutput:
         """
-        Loss of windows unrolled through the model; see :func:`~sb3_ext.efficientzero.loss.unrolled_loss`.
+        Loss ``[B]`` of windows unrolled through the model, see :func:`~sb3_ext.efficientzero.loss.unrolled_loss`.
 
-        :param batch: windows of the replay buffer
-        :return: loss and error of the value at the first place, ``[B]``, and metrics
         :raises FloatingPointError: if a term is not finite, on a CPU; names it
         """
         return unrolled_loss(self, batch, self.reanalyze(batch))
@@ -311,11 +289,8 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
 
     def dump_logs(self) -> None:
         """Write the log, with the speed since the last time."""
-        rates = self.policy.search_rate, self.policy_target.search_rate
-        for name, rate in (
-            ("search_simulations", flush_rate(*rates)),
-            ("updates", flush_rate(self._update_rate)),
-        ):
+        searches = self.policy.search_rate, self.policy_target.search_rate
+        for name, rate in (("search_simulations", flush_rate(*searches)), ("updates", flush_rate(self._update_rate))):
             if rate is not None:
                 self.logger.record(f"time/{name}_per_second", rate)
         super().dump_logs()
@@ -335,8 +310,8 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
         :raises DatasetError: if it is damaged, of other spaces, or larger than the buffer; nothing is added then
         :raises ValueError: if there are several environments
         """
-        assert isinstance(self.replay_buffer, SequenceReplayBuffer)
         buffer = self.replay_buffer
+        assert isinstance(buffer, SequenceReplayBuffer)
         fill_replay_buffer(buffer, dataset, self.policy, self._padding_shown)
         begin_statistics(self._vec_normalize_env, lambda i: buffer.store.take(i, i)[0], buffer.size())
         if not self._custom_logger and not hasattr(self, "_logger"):
@@ -425,34 +400,24 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
 def _check_supported(
     observations: spaces.Space[Any], actions: spaces.Space[Any], policy_class: type[BasePolicy], batch_size: int
 ) -> None:
-    """
-    Refuse spaces that are not supported.
-
-    :param observations: of the environment
-    :param actions: of the environment
-    :param policy_class: the policy that will see them
-    :param batch_size: windows per update
-    :raises ValueError: names what is wrong
-    """
+    """Refuse spaces that are not supported, and say what is wrong."""
     if not isinstance(observations, spaces.Box):
         raise ValueError(f"EfficientZeroV2 needs Box observations, not {observations}.")
     if not isinstance(actions, spaces.Discrete | spaces.Box):
         raise ValueError(f"EfficientZeroV2 needs Discrete or Box actions, not {actions}.")
     if isinstance(actions, spaces.Discrete) and actions.start != 0:
         raise ValueError(f"Discrete actions must begin at 0, not {actions}: gymnasium.wrappers.TransformAction.")
-    if issubclass(policy_class, CnnPolicy):
-        _check_images(observations, batch_size)
-
-
-def _check_images(space: spaces.Box, batch_size: int) -> None:
-    if len(space.shape) != 3:
-        raise ValueError(f"CnnPolicy needs images, the observations have shape {space.shape}: MlpPolicy.")
-    if is_image_space(space) and not is_image_space_channels_first(space):
-        raise ValueError(f"Images must come channels first, not as {space.shape}: VecTransposeImage.")
-    if not 0 < space.high.max() < 1e6:
+    if not issubclass(policy_class, CnnPolicy):
+        return
+    shape, high = observations.shape, observations.high.max()
+    if len(shape) != 3:
+        raise ValueError(f"CnnPolicy needs images, the observations have shape {shape}: MlpPolicy.")
+    if is_image_space(observations) and not is_image_space_channels_first(observations):
+        raise ValueError(f"Images must come channels first, not as {shape}: VecTransposeImage.")
+    if not 0 < high < 1e6:
         raise ValueError(
-            f"CnnPolicy divides images by the upper bound of their space, which is {space.high.max()}; give the space "
-            "the bounds that the pixels have."
+            f"CnnPolicy divides images by the upper bound of their space, which is {high}; give the space the bounds "
+            "that the pixels have."
         )
     if batch_size < 2:
         raise ValueError("CnnPolicy has batch norm and needs a batch_size of at least 2.")

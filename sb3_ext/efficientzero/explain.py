@@ -88,17 +88,14 @@ class Explanation:
 
 def _places(children: NDArray[np.int64]) -> NDArray[np.float64]:
     """Horizontal place of each node: leaves side by side, parents above the middle of their children."""
-    places, leaves = np.zeros(len(children)), 0
-    # a child is always younger than its parent, so a stack visits depth first and the reverse order is bottom up
-    order, stack = [], [0]
-    while stack:
+    places, leaves, stack = np.zeros(len(children)), 0, [0]
+    while stack:  # depth first
         node = stack.pop()
-        order.append(node)
-        stack.extend(int(child) for child in children[node][::-1] if child >= 0)
-    for node in order:
-        if (children[node] < 0).all():
+        below = children[node][children[node] >= 0]
+        if not len(below):
             places[node], leaves = leaves, leaves + 1
-    for node in reversed(order):
+        stack.extend(below[::-1])
+    for node in reversed(range(len(children))):  # bottom up, as a child is always younger than its parent
         below = children[node][children[node] >= 0]
         if len(below):
             places[node] = places[below].mean()
@@ -108,29 +105,17 @@ def _places(children: NDArray[np.int64]) -> NDArray[np.float64]:
 def explain(
     policy: EfficientZeroPolicy, observation: NDArray[Any], deterministic: bool = True, action_masks: Any = None
 ) -> Explanation:
-    """
-    Search once from one observation.
-
-    :param policy: the policy
-    :param observation: as for ``predict``, a single one
-    :param deterministic: without Gumbel noise
-    :param action_masks: legal actions, ``[A]``
-    :return: what the search did
-    :raises ValueError: if it is a batch, or the masks do not fit
-    """
+    """See :meth:`~sb3_ext.efficientzero.efficientzero.EfficientZeroV2.explain`."""
     tensor, _ = policy.obs_to_tensor(observation)
     if len(tensor) != 1:
         raise ValueError(f"explain() takes one observation, this is a batch of {len(tensor)}.")
     invalid = None if action_masks is None else ~legal_actions(action_masks, 1, policy.action_space)
     roots = policy.roots(tensor)  # type: ignore[arg-type]
     out, sampled = policy.plan(roots, noise=not deterministic, invalid=invalid)
-    slot = int(out.actions[0])
-    action: Any = np.int64(slot)
+    action, samples = out.actions[0], None
     if sampled is not None:
-        shape = policy.action_space.shape
-        assert shape is not None
-        samples = policy.unscale_action(sampled[0].reshape(-1, *shape))
-        action = samples[slot]
+        samples = policy.unscale_action(sampled[0].reshape(-1, *policy.action_space.shape))  # type: ignore[misc]
+        action = samples[action]
     return Explanation(
         action=action,
         network_value=float(roots.values[0]),
@@ -139,7 +124,7 @@ def explain(
         improved_policy=out.improved_policy[0],
         visits=out.visits[0],
         qvalues=out.completed_qvalues[0],
-        samples=None if sampled is None else samples,
+        samples=samples,
         principal_line=principal_line(out.tree, 0),
         tree=out.tree,
     )

@@ -15,24 +15,13 @@ INNER_ACTIONS = 2
 
 
 def squashed_normal(policy: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """
-    Gaussian before the tanh.
-
-    :param policy: output of the policy head, ``[B, 2 D]``
-    :return: mean, within [-5, 5], and standard deviation, at least 0.1, ``[B, D]``
-    """
+    """Mean, within [-5, 5], and standard deviation, at least 0.1, before the tanh: head ``[B, 2 D]`` -> ``[B, D]``."""
     mean, std = policy.chunk(2, dim=1)
     return 5 * th.tanh(mean / 5), F.softplus(std + 1.0) + 0.1
 
 
 def log_prob(policy: th.Tensor, actions: th.Tensor) -> th.Tensor:
-    """
-    Log density of actions under a Gaussian squashed by tanh.
-
-    :param policy: output of the policy head, ``[B, 2 D]``
-    :param actions: in (-1, 1), ``[B, S, D]``
-    :return: ``[B, S]``
-    """
+    """Log density ``[B, S]`` of actions ``[B, S, D]`` in (-1, 1) under the squashed Gaussian of a head ``[B, 2 D]``."""
     mean, std = squashed_normal(policy)
     actions = actions.clamp(-BOUND, BOUND)
     z = (th.atanh(actions) - mean[:, None]) / std[:, None]
@@ -41,26 +30,14 @@ def log_prob(policy: th.Tensor, actions: th.Tensor) -> th.Tensor:
 
 
 def sampled_entropy(policy: th.Tensor, samples: int = 32) -> th.Tensor:
-    """
-    Entropy of a squashed Gaussian, estimated from reparameterised samples.
-
-    :param policy: output of the policy head, ``[B, 2 D]``
-    :param samples: how many
-    :return: ``[B]``, in nats
-    """
+    """Entropy ``[B]``, in nats, of squashed Gaussians ``[B, 2 D]``, estimated from reparameterised samples."""
     mean, std = squashed_normal(policy)
     actions = th.tanh(mean[:, None] + std[:, None] * th.randn(len(mean), samples, mean.shape[1], device=mean.device))
     return -log_prob(policy, actions).mean(1)
 
 
 def fixed_noise(samples: int, dimensions: int) -> th.Tensor:
-    """
-    Noise that is the same in every call, for actions without chance: the first sample is the policy's mode.
-
-    :param samples: S
-    :param dimensions: D
-    :return: ``[S, D]``
-    """
+    """Noise ``[S, D]`` that is the same in every call, for actions without chance: the first is the policy's mode."""
     noise = th.randn(samples, dimensions, generator=th.Generator().manual_seed(0))
     noise[0] = 0
     return noise
@@ -68,13 +45,8 @@ def fixed_noise(samples: int, dimensions: int) -> th.Tensor:
 
 def root_samples(policy: th.Tensor, count: int, noise: bool) -> th.Tensor:
     """
-    Actions that a root considers.
-
-    :param policy: output of the policy head, ``[B, 2 D]``
-    :param count: samples, S
-    :param noise: a quarter from the policy, the rest with three times its standard deviation; else all from the policy,
-        its mode first, with noise that is the same in every call
-    :return: ``[B, S, D]``
+    Actions ``[B, S, D]`` that roots with policies ``[B, 2 D]`` consider: with noise a quarter from the policy, the rest
+    with three times its standard deviation; else all from the policy, with :func:`fixed_noise`.
     """
     mean, std = squashed_normal(policy)
     shape = (len(mean), count, mean.shape[1])
@@ -88,12 +60,8 @@ def root_samples(policy: th.Tensor, count: int, noise: bool) -> th.Tensor:
 
 def inner_samples(policy: th.Tensor, slots: int, noise: th.Tensor | None = None) -> th.Tensor:
     """
-    Actions that a node below the root considers.
-
-    :param policy: output of the policy head, ``[B, 2 D]``
-    :param slots: places for samples, S
-    :param noise: for every row, ``[INNER_ACTIONS, D]``; None draws for each
-    :return: ``[B, S, D]``, 0 behind the first :data:`INNER_ACTIONS` samples
+    Actions ``[B, S, D]`` that nodes below the root consider, 0 behind the first :data:`INNER_ACTIONS` samples; ``noise
+    [INNER_ACTIONS, D]`` is for every row, None draws for each.
     """
     mean, std = squashed_normal(policy)
     draw = th.randn(len(mean), INNER_ACTIONS, mean.shape[1], device=mean.device) if noise is None else noise

@@ -33,7 +33,6 @@ class LossModel(Protocol):
 
     def augment(self, observations: th.Tensor) -> th.Tensor:
         """Shift images and change their intensity at random."""
-        ...
 
 
 TERMS = ("value_target", "value_loss", "policy_loss", "reward_loss", "consistency_loss", "entropy")
@@ -42,46 +41,45 @@ TERMS = ("value_target", "value_loss", "policy_loss", "reward_loss", "consistenc
 
 class _Inputs(NamedTuple):
     """
-    What the loss of a batch depends on besides the parameters, on the model's device.
-
-    :param observations: the first K + 1 of each window
-    :param actions: ``[B, K, action_dim]``
-    :param gained: rewards, or value prefixes, ``[B, K]``
-    :param values: targets, ``[B, K + 1]``
-    :param policy: targets over S actions or samples, ``[B, K + 1, S]``
-    :param best: slot that the search chose, ``[B, K + 1]``
-    :param sampled: continuous control: those samples, ``[B, K + 1, S, D]``; else empty
-    :param policy_mask: see :func:`~sb3_ext.efficientzero.targets.loss_masks`, as are the next two
-    :param value_mask: ``[B, K + 1]``
-    :param reward_mask: ``[B, K]``
-    :param inside: transitions of the episode, ``[B, K]``
+    What the loss of a batch depends on besides the parameters, on the model's device: the first K + 1 observations of
+    each window, targets as in :class:`Targets`, and masks as in :func:`~sb3_ext.efficientzero.targets.loss_masks`.
     """
 
     observations: th.Tensor
     actions: th.Tensor
     gained: th.Tensor
+    """Rewards, or value prefixes, ``[B, K]``."""
     values: th.Tensor
     policy: th.Tensor
     best: th.Tensor
     sampled: th.Tensor
+    """Actions of the targets, ``[B, K + 1, S, D]``; empty if actions are discrete."""
     policy_mask: th.Tensor
     value_mask: th.Tensor
     reward_mask: th.Tensor
     inside: th.Tensor
+    """Transitions of the episode, ``[B, K]``."""
 
 
 def unrolled_loss(model: LossModel, batch: SequenceSamples, targets: Targets) -> LossOutput:
     """
-    Losses of reward, value, policy and latent state over K steps of the model (Wang et al., 2024,
-    https://arxiv.org/abs/2403.00564, eq. 2), divided by K.
+    Losses ``[B]`` of reward, value, policy and latent state over K steps of the model (Wang et al., 2024,
+    https://arxiv.org/abs/2403.00564, eq. 2), divided by K; with the error of the value at the first place, ``[B]``.
 
-    :param model: gives networks and coefficients
-    :param batch: windows
-    :param targets: of values and policies
-    :return: loss and error of the value at the first place, ``[B]``, and metrics
     :raises FloatingPointError: if a term is not finite, on a CPU; names it
     """
-    inputs = _inputs(model, batch, targets)
+    steps, device, horizon = model.unroll_steps, model.policy.device, model.policy.network.horizon
+    gained = batch.rewards[:, :steps]
+    parts = (
+        batch.observations[:, : steps + 1],
+        batch.actions[:, :steps],
+        value_prefixes(gained, horizon) if horizon else gained,
+        *(targets.values, targets.policy, targets.best),
+        th.empty(0, device=device) if targets.actions is None else targets.actions,
+        *loss_masks(batch.lengths, batch.terminated, steps),
+        (np.arange(steps) < batch.lengths[:, None]).astype(np.float32),
+    )
+    inputs = to_device(parts, device)
     output = model.graphed_loss(*inputs) if model.cuda_graphs else unroll(model, *inputs)
     if output.loss.device.type == "cpu" and not th.isfinite(output.loss + output.td_error).all():
         terms = {"value_target": targets.values, **output.metrics}
@@ -95,34 +93,8 @@ def unrolled_loss(model: LossModel, batch: SequenceSamples, targets: Targets) ->
     return output
 
 
-def _inputs(model: LossModel, batch: SequenceSamples, targets: Targets) -> _Inputs:
-    steps, device, head = model.unroll_steps, model.policy.device, model.policy.network
-    gained = batch.rewards[:, :steps]
-    policy_mask, value_mask, reward_mask = loss_masks(batch.lengths, batch.terminated, steps)
-    parts = (
-        batch.observations[:, : steps + 1],
-        batch.actions[:, :steps],
-        value_prefixes(gained, head.horizon) if head.horizon else gained,
-        targets.values,
-        targets.policy,
-        targets.best,
-        th.empty(0, device=device) if targets.actions is None else targets.actions,
-        policy_mask,
-        value_mask,
-        reward_mask,
-        (np.arange(steps) < batch.lengths[:, None]).astype(np.float32),
-    )
-    return _Inputs(*to_device(parts, device))
-
-
 def unroll(model: LossModel, *tensors: th.Tensor) -> LossOutput:
-    """
-    The loss itself: tensors in, tensors out, and nothing that a CUDA graph could not hold.
-
-    :param model: gives networks and coefficients
-    :param tensors: the inputs
-    :return: loss and error of the value at the first place, ``[B]``, and metrics
-    """
+    """The loss itself: tensors in, tensors out, and nothing that a CUDA graph could not hold."""
     x = _Inputs(*tensors)
     calls, head, steps, discrete = model.policy.calls, model.policy.network, model.unroll_steps, model.policy.discrete
     rewards, values = model.policy.encode(x.gained), model.policy.encode(x.values)
@@ -187,14 +159,10 @@ def _entropy(policy: th.Tensor, discrete: bool) -> th.Tensor:
 
 def random_shift(images: th.Tensor, pixels: int) -> th.Tensor:
     """
-    Shift every image by up to so many pixels; edges are repeated. All planes of an image move together.
-
-    :param images: ``[B, C, H, W]``; bytes are the cheapest
-    :param pixels: largest shift along each axis, P
-    :return: ``[B, C, H, W]``
+    Shift images ``[B, C, H, W]``, bytes are the cheapest, by up to so many pixels P along each axis; edges are
+    repeated. All planes of an image move together.
     """
-    batch, planes, height, width = images.shape
-    p = pixels
+    (batch, planes, height, width), p = images.shape, pixels
     padded = images.new_empty(batch, planes, height + 2 * p, width + 2 * p)
     padded[:, :, p : p + height, p : p + width] = images
     padded[:, :, :p] = padded[:, :, p : p + 1]
@@ -208,12 +176,6 @@ def random_shift(images: th.Tensor, pixels: int) -> th.Tensor:
 
 
 def random_intensity(images: th.Tensor, scale: float) -> th.Tensor:
-    """
-    Multiply every image by ``1 + scale * clip(N(0, 1), -2, 2)``.
-
-    :param images: ``[B, C, H, W]``
-    :param scale: strength
-    :return: ``[B, C, H, W]``, float
-    """
+    """Multiply every image ``[B, C, H, W]`` by ``1 + scale * clip(N(0, 1), -2, 2)``."""
     noise = th.randn(len(images), 1, 1, 1, device=images.device).clamp(-2, 2)
     return images.float() * (1 + scale * noise)  # bytes times floats takes four times as long on a CPU

@@ -19,12 +19,8 @@ from sb3_ext.efficientzero.replay import SequenceReplayBuffer
 
 def legal_actions(masks: Any, rows: int, action_space: spaces.Space[Any]) -> NDArray[np.bool_]:
     """
-    Check action masks.
+    Action masks ``[A]`` or ``[B, A]``, nonzero where an action is legal, as ``[B, A]``.
 
-    :param masks: ``[A]`` or ``[B, A]``, nonzero where an action is legal
-    :param rows: B
-    :param action_space: of the environment
-    :return: ``[B, A]``
     :raises ValueError: if actions are continuous, the shape is another one, or an environment has no legal action
     """
     if not isinstance(action_space, spaces.Discrete):

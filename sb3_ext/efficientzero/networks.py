@@ -14,28 +14,20 @@ from torch import nn
 
 
 class Residual(nn.Module):
-    """
-    ``x + residual(x)``.
-
-    :param layers: of the residual
-    """
+    """``x + residual(x)``."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
         self.residual = nn.Sequential(*layers)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        """Add the residual."""
+        """Add the layers' output."""
         out: th.Tensor = x + self.residual(x)
         return out
 
 
 class RunningNorm(nn.Module):
-    """
-    Standardise vectors by the mean and variance of everything seen in training mode (Chan et al., 1979).
-
-    :param size: D
-    """
+    """Standardise vectors by the mean and variance of everything seen in training mode (Chan et al., 1979)."""
 
     mean: th.Tensor
     var: th.Tensor
@@ -48,12 +40,7 @@ class RunningNorm(nn.Module):
         self.register_buffer("count", th.zeros(()))
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        """
-        Normalise; in training mode learn first.
-
-        :param x: ``[B, D]``
-        :return: ``[B, D]``, clipped to [-10, 10]
-        """
+        """Normalise ``[B, D]`` and clip to [-10, 10]; in training mode learn first."""
         if self.training:
             with th.no_grad():
                 delta, total = x.mean(0) - self.mean, self.count + len(x)
@@ -111,10 +98,9 @@ class MlpNetwork(LatentNetwork):
     Unlike the paper, heads have layer norm in place of batch norm, so that search and training see the same network;
     value and policy share a hidden layer; and continuous actions enter the dynamics as they are.
 
-    :param observation_space: a ``Box``; flattened, unless there is a features extractor
-    :param action_size: numbers that describe an action, one-hot or continuous
-    :param policy_size: outputs of the policy head
-    :param support_size: bins of the value and the reward head
+    The observation space is a ``Box``, and flattened, unless there is a features extractor. ``action_size`` numbers
+    describe an action, one-hot or continuous.
+
     :param latent_size: size of the latent state, H
     :param blocks: residual blocks in representation and dynamics
     :param projection_size: hidden units of the heads of the self-supervised loss
@@ -169,9 +155,8 @@ class MlpNetwork(LatentNetwork):
         if self.features_extractor is None:
             features = self.norm(observations.flatten(1).float())
         else:
-            features = self.features_extractor(
-                preprocess_obs(observations, self.observation_space, normalize_images=self.normalize_images)
-            )
+            observed = preprocess_obs(observations, self.observation_space, self.normalize_images)
+            features = self.features_extractor(observed)
         out: th.Tensor = self.representation(features)
         return out
 
@@ -188,11 +173,8 @@ class MlpNetwork(LatentNetwork):
 
 class ResBlock(nn.Module):
     """
-    Two 3x3 convolutions with batch norm and a skip connection.
-
-    :param n_in: input channels
-    :param n_out: output channels
-    :param stride: 2 halves the picture; the skip connection is then a 3x3 convolution as well
+    Two 3x3 convolutions with batch norm and a skip connection, which is a 3x3 convolution too where channels change or
+    ``stride`` is 2, which halves the picture.
     """
 
     def __init__(self, n_in: int, n_out: int | None = None, stride: int = 1) -> None:
@@ -223,26 +205,14 @@ def _head(channels: int, cells: int, reduced: int, hidden: int, out: int) -> nn.
     return _zero_last(nn.Sequential(*_squeeze(channels, reduced), *_small_mlp(reduced * cells, hidden, out)))
 
 
-def _prefix_head(
-    channels: int, cells: int, reduced: int, size: int, hidden: int, out: int, horizon: int
-) -> ValuePrefix:
-    head = nn.Sequential(nn.BatchNorm1d(size), nn.ReLU(), *_small_mlp(size, hidden, out))
-    features = nn.Sequential(*_squeeze(channels, reduced))
-    return ValuePrefix(features, reduced * cells, size, _zero_last(head), horizon)
-
-
 class CnnNetwork(LatentNetwork):
     """
     The residual network for images (Wang et al., 2024, appendix).
 
-    Pictures of 32 pixels or more are halved four times (96x96 becomes 6x6), smaller ones keep their size.
+    Pictures of 32 pixels or more are halved four times (96x96 becomes 6x6), smaller ones keep their size. The paper has
+    ``value_prefix=True`` on Atari, and False for continuous control. Images are channel-first; the ``action_size``
+    numbers that describe an action are spread over planes.
 
-    The paper has ``value_prefix=True`` on Atari, and False for continuous control.
-
-    :param observation_space: channel-first images
-    :param action_size: numbers that describe an action; they are spread over planes
-    :param policy_size: outputs of the policy head
-    :param support_size: bins of the value and the reward head
     :param channels: of the latent state, C
     :param head_channels: channels behind the heads' 1x1 convolution
     :param head_size: hidden units of the heads
@@ -272,18 +242,13 @@ class CnnNetwork(LatentNetwork):
         self.scale = float(np.max(observation_space.high))
         if min(height, width) < 4:
             raise ValueError(f"Images of {height}x{width} are too small for 3x3 convolutions: at least 4x4.")
-        c, half = channels, max(channels // 2, 1)
-        self.representation: nn.Sequential
-        if min(height, width) >= 32:
-            self.representation = nn.Sequential(
-                *(nn.Conv2d(planes, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU(), ResBlock(half)),
-                *(ResBlock(half, c, 2), ResBlock(c), nn.AvgPool2d(3, 2, 1), ResBlock(c), nn.AvgPool2d(3, 2, 1)),
-                ResBlock(c),
-            )
-        else:
-            self.representation = nn.Sequential(
-                *(nn.Conv2d(planes, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU(), ResBlock(c))
-            )
+        c, large = channels, min(height, width) >= 32
+        first, stride = (max(c // 2, 1), 2) if large else (c, 1)
+        layers = [nn.Conv2d(planes, first, 3, stride, 1, bias=False), nn.BatchNorm2d(first), nn.ReLU(), ResBlock(first)]
+        if large:
+            layers += [ResBlock(first, c, 2), ResBlock(c), nn.AvgPool2d(3, 2, 1)]
+            layers += [ResBlock(c), nn.AvgPool2d(3, 2, 1), ResBlock(c)]
+        self.representation = nn.Sequential(*layers)
         with th.no_grad():
             self.representation.eval()
             rows, columns = self.representation(th.zeros(1, planes, height, width)).shape[2:]
@@ -296,20 +261,21 @@ class CnnNetwork(LatentNetwork):
         self.settle = ResBlock(c)
         sizes = c, cells, head_channels
         if value_prefix:
-            self.reward_head = _prefix_head(*sizes, prefix_size, head_size, support_size, prefix_horizon)
+            small = _small_mlp(prefix_size, head_size, support_size)
+            head = _zero_last(nn.Sequential(nn.BatchNorm1d(prefix_size), nn.ReLU(), *small))
+            features = nn.Sequential(*_squeeze(c, head_channels))
+            self.reward_head = ValuePrefix(features, head_channels * cells, prefix_size, head, prefix_horizon)
         else:
             self.reward_head = _head(*sizes, head_size, support_size)
         self.trunk = ResBlock(c)
         self.value_head = _head(*sizes, head_size, support_size)
         self.policy_head = _head(*sizes, head_size, policy_size)
-        p = projection_size
+        p, narrow = projection_size, max(projection_size // 4, 1)
         self.projector = nn.Sequential(
             *(nn.Flatten(), nn.Linear(c * cells, p), nn.BatchNorm1d(p), nn.ReLU()),
             *(nn.Linear(p, p), nn.BatchNorm1d(p), nn.ReLU(), nn.Linear(p, p), nn.BatchNorm1d(p)),
         )
-        self.predictor = nn.Sequential(
-            *(nn.Linear(p, max(p // 4, 1)), nn.BatchNorm1d(max(p // 4, 1)), nn.ReLU(), nn.Linear(max(p // 4, 1), p))
-        )
+        self.predictor = nn.Sequential(nn.Linear(p, narrow), nn.BatchNorm1d(narrow), nn.ReLU(), nn.Linear(narrow, p))
 
     def represent(self, observations: th.Tensor) -> th.Tensor:
         """Map images ``[B, *obs_shape]`` to latent states ``[B, C, h, w]``."""
@@ -337,14 +303,8 @@ class ValuePrefix(nn.Module):
     Predict the undiscounted sum of rewards of the last steps with an LSTM over latent states (Ye et al., 2021,
     https://arxiv.org/abs/2111.00210, section 4.2).
 
-    Every ``horizon`` steps from the root on, sum and memory begin anew.
-
-    :param features: latent states ``[B, ...]`` -> ``[B, size]``
-    :param size: features of the latent state
-    :param hidden: units of the LSTM
-    :param head: ``[B, hidden]`` -> ``[B, support_size]``
-    :param horizon: steps per sum
-    :raises ValueError: if the horizon is less than 1
+    Every ``horizon`` steps from the root on, sum and memory begin anew. ``features`` maps latent states ``[B, ...]`` to
+    ``[B, size]``, which the LSTM reads; ``head`` maps its ``[B, hidden]`` to ``[B, support_size]``.
     """
 
     def __init__(self, features: nn.Module, size: int, hidden: int, head: nn.Module, horizon: int) -> None:
@@ -360,24 +320,15 @@ class ValuePrefix(nn.Module):
         return zeros, zeros
 
     def forward(self, latent: th.Tensor, memory: Memory) -> tuple[th.Tensor, Memory]:
-        """
-        One step.
-
-        :param latent: the state that the step leads to, ``[B, ...]``
-        :param memory: before it
-        :return: logits of the sum of rewards up to and with this step, ``[B, support_size]``, and the memory after it
-        """
+        """Logits of the sum of rewards up to and with the step that leads to latent states, and the memory after it."""
         hidden, cell = self.lstm(self.features(latent), memory)
         return self.head(hidden), (hidden, cell)
 
 
 def start_parts(head: ValuePrefix, rows: int) -> tuple[th.Tensor, ...]:
     """
-    What the search's embedding carries for value prefixes, at the root.
-
-    :param head: the reward head
-    :param rows: B
-    :return: hidden and cell state ``[B, hidden]``, the sum so far ``[B]``, and the steps in it ``[B]``
+    What the search's embedding carries for value prefixes, at the root: hidden and cell state ``[B, hidden]``, the sum
+    so far ``[B]``, and the steps in it ``[B]``.
     """
     hidden, cell = head.start(rows)
     return hidden, cell, hidden.new_zeros(rows), th.zeros(rows, dtype=th.int64, device=hidden.device)
@@ -391,17 +342,11 @@ def step_parts(
     horizon: int,
 ) -> tuple[th.Tensor, tuple[th.Tensor, ...]]:
     """
-    Reward of one step of the search: the difference of two sums.
+    Reward ``[B]`` of one step of the search, as the difference of two sums, and the parts of the new node.
 
     A child of a node in ``horizon``, ``2 horizon``, ... steps from the root begins with an empty memory and a sum of 0,
-    so a reward is never counted twice, however deep the tree is.
-
-    :param reward: latent states and memory -> logits and memory
-    :param decode: logits -> sums of rewards
-    :param latent: the state that the step leads to, ``[B, ...]``
-    :param parts: of the node above, see :func:`start_parts`
-    :param horizon: steps per sum
-    :return: rewards ``[B]``, and the parts of the new node
+    so a reward is never counted twice, however deep the tree is. ``latent`` is the state that the step leads to,
+    ``parts`` are those of the node above, see :func:`start_parts`.
     """
     hidden, cell, before, steps = parts
     logits, (hidden, cell) = reward(latent, (hidden, cell))
@@ -413,14 +358,11 @@ def step_parts(
 
 
 class Roots(NamedTuple):
-    """
-    What the network says of observations.
-
-    :param latent: latent states, ``[B, ...]``, tensor or numpy array
-    :param values: ``[B]``, in units of return
-    :param policy: output of the policy head, ``[B, policy_size]``
-    """
+    """What the network says of observations, as tensors or numpy arrays."""
 
     latent: Any
+    """Latent states, ``[B, ...]``."""
     values: Any
+    """In units of return, ``[B]``."""
     policy: Any
+    """Output of the policy head, ``[B, policy_size]``."""

@@ -31,7 +31,6 @@ from sb3_ext.threads import blas_threads, with_loop_threads
 _CHUNK = 1 << 21
 """Numbers of observations encoded at once on a CPU: few enough for the caches, and for memory to be used again."""
 
-
 _GPU_ROWS = 768
 """Observations encoded at once on a GPU, at most."""
 
@@ -53,50 +52,42 @@ class Searched(NamedTuple):
     """
     What network and search say of windows of observations, as numpy arrays. S: actions or samples of a root, P: places
     of each window that were searched from.
-
-    :param values: the network's, of all observations, ``[B, T]``
-    :param search_values: ``[B, P]``
-    :param policy: improved policy, ``[B, P, S]``
-    :param actions: continuous control: the samples, ``[B, P, S, D]``; else None
-    :param best: slot that the search chose, ``[B, P]``
-    :param depth: of the deepest node of each search, mean
     """
 
     values: NDArray[np.float32]
+    """The network's, of all observations, ``[B, T]``."""
     search_values: NDArray[np.float32]
+    """``[B, P]``."""
     policy: NDArray[np.float32]
+    """Improved policy, ``[B, P, S]``."""
     actions: NDArray[np.float32] | None
+    """Continuous control: the samples, ``[B, P, S, D]``; else None."""
     best: NDArray[np.int64]
+    """Slot that the search chose, ``[B, P]``."""
     depth: float
+    """Of the deepest node of each search, mean."""
 
 
 class EfficientZeroPolicy(MaskedPolicy):
     """
     Acts by Gumbel search over latent states; the base of ``MlpPolicy`` and ``CnnPolicy``.
 
-    :param observation_space: ``Box``
-    :param action_space: ``Discrete``, or ``Box`` for sampled actions
-    :param lr_schedule: learning rate
-    :param num_simulations: network steps per search; more finds better actions and takes longer
+    What is not named here is as in :class:`~sb3_ext.efficientzero.EfficientZeroV2`, or in SB3's policies.
+
     :param max_num_considered_actions: root actions that share the simulations; None: 2, 4 or 8 for up to 3, up to 15
         and more discrete actions, all ``num_sampled_actions`` for continuous ones
     :param num_sampled_actions: continuous control: root actions; a quarter is drawn from the policy, the rest from the
         policy with three times its standard deviation. For deterministic actions all come from the policy, its mode
         first, with noise that is the same in every call
-    :param gamma: discount factor
     :param support_size: bins of the categorical value and reward
     :param value_range: largest absolute value and reward that the bins reach, in units of return
     :param search: False acts by the network's policy alone
     :param network_kwargs: sizes, and ``value_prefix``; see the network class
-    :param torch_compile: compile the network's functions
-    :param bf16: run them in bfloat16
     :param cuda_graphs: on a GPU: run the steps of the search as CUDA graphs; not with ``torch_compile``
     :param features_extractor_class: ``MlpPolicy``: what turns an observation into a vector, as in SB3, such as a
         convolutional network before latent vectors; the default flattens and standardises
-    :param features_extractor_kwargs: likewise
     :param normalize_images: give the features extractor images divided by 255
     :param optimizer_class: of torch, or its name in ``torch.optim``
-    :param optimizer_kwargs: likewise
     """
 
     network_class: type[LatentNetwork] = MlpNetwork
@@ -139,48 +130,30 @@ class EfficientZeroPolicy(MaskedPolicy):
         self.support_size, self.value_range = support_size, value_range
         self.network_kwargs = network_kwargs or {}
         self.discrete = isinstance(action_space, spaces.Discrete)
-        if isinstance(action_space, spaces.Discrete):
-            self.action_size = policy_size = int(action_space.n)
-        else:
-            assert isinstance(action_space, spaces.Box)
-            self.action_size = int(np.prod(action_space.shape))
-            policy_size = 2 * self.action_size
+        assert isinstance(action_space, spaces.Discrete | spaces.Box)
+        self.action_size = spaces.flatdim(action_space)
+        policy_size = self.action_size if self.discrete else 2 * self.action_size
         self.configure_search(
-            num_simulations=num_simulations,
-            max_num_considered_actions=max_num_considered_actions,
-            num_sampled_actions=num_sampled_actions,
-            gamma=gamma,
-            torch_compile=torch_compile,
-            bf16=bf16,
-            cuda_graphs=cuda_graphs,
+            num_simulations, max_num_considered_actions, num_sampled_actions, gamma, torch_compile, bf16, cuda_graphs
         )
         sizes = self.network_kwargs
         if features_extractor_class is not FlattenExtractor:
             if not issubclass(self.network_class, MlpNetwork):
                 raise ValueError("CnnPolicy has its own network and takes no features_extractor_class: MlpPolicy does.")
-            sizes = {
-                **sizes,
-                "features_extractor": self.make_features_extractor(),
-                "normalize_images": normalize_images,
-            }
+            sizes = sizes | {"features_extractor": self.make_features_extractor(), "normalize_images": normalize_images}
         self.network: Any = self.network_class(observation_space, self.action_size, policy_size, support_size, **sizes)
         end = float(value_transform(th.tensor(value_range)))
         self.support: th.Tensor
         self.register_buffer("support", th.linspace(-end, end, support_size), persistent=False)
         self._inner_noise: th.Tensor
         self.register_buffer("_inner_noise", fixed_noise(INNER_ACTIONS, self.action_size), persistent=False)
-        self.optimizer = self.optimizer_class(
-            self.parameters(),
-            lr=lr_schedule(1),  # type: ignore[call-arg]
-            **self.optimizer_kwargs,
-        )
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
         self.optimizer_steps = 0
         self._count_optimizer_steps()
         self.search_rate = Rate()
 
     def configure_search(
         self,
-        *,
         num_simulations: int,
         max_num_considered_actions: int | None,
         num_sampled_actions: int,
@@ -190,22 +163,13 @@ class EfficientZeroPolicy(MaskedPolicy):
         cuda_graphs: bool,
     ) -> None:
         """
-        Say how to search and how to run the network; its parameters stay as they are.
+        Say how to search and how to run the network, as in the constructor; its parameters stay as they are.
 
-        :param num_simulations: see the class
-        :param max_num_considered_actions: see the class
-        :param num_sampled_actions: see the class
-        :param gamma: see the class
-        :param torch_compile: see the class
-        :param bf16: see the class
-        :param cuda_graphs: see the class
         :raises ValueError: if a root has fewer actions than it should consider
         """
         slots = self.action_size if self.discrete else num_sampled_actions
         if max_num_considered_actions is not None and max_num_considered_actions > slots:
-            raise ValueError(
-                f"max_num_considered_actions={max_num_considered_actions}, but a root has {slots} actions."
-            )
+            raise ValueError(f"{max_num_considered_actions=}, but a root has {slots} actions.")
         self.num_simulations, self.max_num_considered_actions = num_simulations, max_num_considered_actions
         self.num_sampled_actions, self.gamma = num_sampled_actions, gamma
         self.torch_compile, self.bf16 = torch_compile, bf16
@@ -228,80 +192,46 @@ class EfficientZeroPolicy(MaskedPolicy):
         names = (
             *("num_simulations", "max_num_considered_actions", "num_sampled_actions", "gamma", "support_size"),
             *("value_range", "network_kwargs", "torch_compile", "bf16", "cuda_graphs"),
-            *("optimizer_class", "optimizer_kwargs"),
-            *("features_extractor_class", "features_extractor_kwargs", "normalize_images"),
+            *("optimizer_class", "optimizer_kwargs", "features_extractor_class", "features_extractor_kwargs"),
         )
-        parameters = super()._get_constructor_parameters()
-        return {
-            "observation_space": parameters["observation_space"],
-            "action_space": parameters["action_space"],
-            "lr_schedule": self._dummy_schedule,
-            "search": self.acts_by_search,
-            **{name: getattr(self, name) for name in names},
-        }
+        parameters = super()._get_constructor_parameters() | {name: getattr(self, name) for name in names}
+        return parameters | {"lr_schedule": self._dummy_schedule, "search": self.acts_by_search}
 
     def encode(self, x: th.Tensor) -> th.Tensor:
-        """
-        Distribution over the bins for values or rewards.
-
-        :param x: ``[...]``, in units of return
-        :return: probabilities ``[..., support_size]``
-        """
+        """Distribution ``[..., support_size]`` over the bins for values or rewards ``[...]``, in units of return."""
         return two_hot(value_transform(x), self.support)
 
     def decode(self, logits: th.Tensor) -> th.Tensor:
-        """
-        Values or rewards from logits over the bins.
-
-        :param logits: ``[..., support_size]``
-        :return: ``[...]``, in units of return
-        """
+        """Values or rewards ``[...]``, in units of return, from logits ``[..., support_size]`` over the bins."""
         return inverse_value_transform(logits.float().softmax(-1) @ self.support)
 
     def action_input(self, actions: th.Tensor) -> th.Tensor:
-        """
-        Actions as the dynamics get them.
-
-        :param actions: ``[B]`` or ``[B, 1]`` numbers of discrete ones, or ``[B, D]``
-        :return: ``[B, action_size]``, one-hot or as they are
-        """
+        """Actions as the dynamics get them: discrete ones ``[B]`` or ``[B, 1]`` one-hot, others as they are."""
         if self.discrete:
             return F.one_hot(actions.long().reshape(-1), self.action_size).float()
         return actions.float()
 
     @th.no_grad()
     def roots(self, observations: th.Tensor) -> Roots:
-        """
-        Encode observations, with the network in evaluation mode.
-
-        :param observations: ``[B, *obs_shape]``
-        :return: latent states, values and policies
-        """
-        with _evaluating(self):
-            return self._roots(observations)
-
-    def _roots(self, observations: th.Tensor) -> Roots:
+        """Encode observations ``[B, *obs_shape]``, with the network in evaluation mode."""
         # in parts, because the first layers of images take much memory
         rows = max(_CHUNK // observations[0].numel(), 1)
         if observations.is_cuda:  # equal parts, because each size is compiled by itself
             rows = -(-len(observations) // -(-len(observations) // _GPU_ROWS))
-        latent = th.cat([self.calls.represent(part) for part in th.split(observations, rows)])
-        fast = self._fast_network()
-        if fast is not None:
-            return fast.roots(latent.numpy())
-        value, policy = self.calls.predict(latent)
-        return Roots(latent, self.decode(value), policy.float())
+        with _evaluating(self):
+            latent = th.cat([self.calls.represent(part) for part in th.split(observations, rows)])
+            fast = self._fast_network()
+            if fast is not None:
+                return fast.roots(latent.numpy())
+            value, policy = self.calls.predict(latent)
+            return Roots(latent, self.decode(value), policy.float())
 
     def plan(
         self, roots: Roots, noise: bool, invalid: NDArray[np.bool_] | None = None
     ) -> tuple[SearchOutput, NDArray[np.float32] | None]:
         """
-        Search from encoded observations.
-
-        :param roots: see :meth:`roots`
-        :param noise: Gumbel noise, and broad sampling of continuous actions
-        :param invalid: discrete actions: those that the roots must not take, ``[B, A]``
-        :return: result, and for continuous control the sampled actions ``[B, num_sampled_actions, D]``
+        Search from encoded observations, and say which actions ``[B, num_sampled_actions, D]`` continuous control
+        sampled. Noise is Gumbel noise, and broad sampling; roots must not take discrete ``invalid [B, A]`` actions.
         """
         fast = self._fast_network()
         sampled = gumbel = None
@@ -346,29 +276,23 @@ class EfficientZeroPolicy(MaskedPolicy):
         improved_values: bool = False,
     ) -> Searched:
         """
-        Encode all observations of windows, and search with noise from the first ones of each, all of them at once.
-
-        :param observations: ``[B, T, *obs_shape]``
-        :param places: P, from 1 to T
-        :param legal: discrete actions: those that the searched roots may take, ``[B, P, A]``; a row without any: not
-            known, all are allowed
-        :param improved_values: search-based values are those of the improved policy, not means over all visits
-        :return: values of all observations, and results of the searches
+        Encode all observations of windows ``[B, T, *obs_shape]``, and search with noise from the first P ``places`` of
+        each, all of them at once. Roots may take the actions of ``legal [B, P, A]``; a row without any: not known, all
+        are allowed. With ``improved_values`` search-based values are those of the improved policy, not means over all
+        visits.
         """
         size, length = observations.shape[:2]
         roots = self.roots(_flat(observations).to(self.device))
 
-        def first(x: Any) -> Any:
-            return x.reshape(size, length, *x.shape[1:])[:, :places].reshape(size * places, *x.shape[1:])
-
-        def windows(x: NDArray[Any]) -> NDArray[Any]:
-            return x.reshape(size, places, *x.shape[1:])
+        def windows(x: Any, width: int = places) -> Any:
+            return x.reshape(size, width, *x.shape[1:])
 
         invalid = None
         if legal is not None:
             allowed = legal.reshape(size * places, self.action_size)
             invalid = ~allowed & allowed.any(axis=1, keepdims=True)
-        out, sampled = self.plan(Roots(*(first(x) for x in roots)), noise=True, invalid=invalid)
+        first = Roots(*(windows(x, length)[:, :places].reshape(-1, *x.shape[1:]) for x in roots))
+        out, sampled = self.plan(first, noise=True, invalid=invalid)
         return Searched(
             _numpy(roots.values).reshape(size, length),
             windows(out.improved_values if improved_values else out.root_values),
@@ -379,12 +303,7 @@ class EfficientZeroPolicy(MaskedPolicy):
         )
 
     def values(self, observations: NDArray[Any] | th.Tensor) -> NDArray[np.float32]:
-        """
-        The network's values, without a search.
-
-        :param observations: of windows, ``[B, T, *obs_shape]``
-        :return: ``[B, T]``
-        """
+        """The network's values ``[B, T]`` of windows ``[B, T, *obs_shape]``, without a search."""
         return _numpy(self.roots(_flat(observations).to(self.device)).values).reshape(observations.shape[:2])
 
     def _recurrent(self, embedding: Any, slots: th.Tensor, inner_noise: th.Tensor | None = None) -> RecurrentOutput:
@@ -398,10 +317,10 @@ class EfficientZeroPolicy(MaskedPolicy):
         self, slots: th.Tensor, latent: th.Tensor, *rest: Any, inner_noise: th.Tensor | None = None
     ) -> tuple[th.Tensor, ...]:
         """Reward, value and logits ``[B, 2 + A]`` behind an action of each row, and the parts of the new embedding."""
-        action = (
-            self.action_input(slots) if self.discrete else rest[0][th.arange(len(slots), device=slots.device), slots]
-        )
-        rest = rest if self.discrete else rest[1:]
+        if self.discrete:
+            action = self.action_input(slots)
+        else:
+            action, rest = rest[0][th.arange(len(slots), device=slots.device), slots], rest[1:]
         latent = self.calls.dynamics(latent, action)
         value, policy = self.calls.predict(latent)
         horizon = self.network.horizon
@@ -418,14 +337,7 @@ class EfficientZeroPolicy(MaskedPolicy):
     def _predict(
         self, observation: PyTorchObs, deterministic: bool = False, invalid: NDArray[np.bool_] | None = None
     ) -> th.Tensor:
-        """
-        Choose actions.
-
-        :param observation: ``[B, *obs_shape]``
-        :param deterministic: search without Gumbel noise
-        :param invalid: forbidden actions, ``[B, A]``
-        :return: actions
-        """
+        """Choose actions for ``[B, *obs_shape]``, none of the forbidden ``invalid [B, A]``."""
         assert isinstance(observation, th.Tensor)
         roots = self.roots(observation)
         if not self.acts_by_search:
@@ -448,16 +360,11 @@ class EfficientZeroPolicy(MaskedPolicy):
 
     def _fast_network(self) -> FastNetwork | None:
         """The network without torch's overhead, for MLPs on a CPU; always with the current parameters, in float32."""
-        plain = isinstance(self.network, MlpNetwork) and not self.network.horizon
-        if not plain or self.device.type != "cpu":
+        if not isinstance(self.network, MlpNetwork) or self.network.horizon or self.device.type != "cpu":
             return None
         if self._fast is None:
-            self._fast = FastNetwork(
-                self.network,
-                self.support.numpy(),
-                self.action_size,
-                self.num_sampled_actions if not self.discrete else None,
-            )
+            slots = None if self.discrete else self.num_sampled_actions
+            self._fast = FastNetwork(self.network, self.support.numpy(), self.action_size, slots)
         self._fast.refresh(self.optimizer_steps)
         return self._fast
 
@@ -508,36 +415,25 @@ def _float(out: Any) -> Any:
 
 class Calls:
     """
-    The functions of a network. Results are float32 in any case, so that nothing else need know of ``bf16``.
-
-    :param network: see :class:`~sb3_ext.efficientzero.networks.LatentNetwork`
-    :param torch_compile: compile each of them; it is done at the first call
-    :param bf16: run each of them in bfloat16 autocast
+    The functions of a network, each compiled at its first call and run in bfloat16 autocast if that is asked for.
+    Results are float32 in any case, so that nothing else need know of ``bf16``.
     """
 
     def __init__(self, network: Any, torch_compile: bool, bf16: bool) -> None:
-        self._options = torch_compile, bf16
-        self.represent = self._wrap(network.represent)
-        self.dynamics = self._wrap(network.dynamics)
-        self.predict = self._wrap(network.predict)
-        self.reward = self._wrap(network.reward)
-        self.projector = self._wrap(network.projector)
-        self.predictor = self._wrap(network.predictor)
+        def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+            if torch_compile:  # a module's own compile() would change how it is saved
+                function = th.compile(function.forward if isinstance(function, nn.Module) else function)
+            return partial(_in_bf16, function) if bf16 else function
 
-    def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        torch_compile, bf16 = self._options
-        # a module's own compile() would change how it is saved
-        function = function.forward if isinstance(function, nn.Module) and torch_compile else function
-        function = th.compile(function) if torch_compile else function
-        if not bf16:
-            return function
+        self.represent, self.dynamics = wrap(network.represent), wrap(network.dynamics)
+        self.predict, self.reward = wrap(network.predict), wrap(network.reward)
+        self.projector, self.predictor = wrap(network.projector), wrap(network.predictor)
 
-        def call(first: th.Tensor, *rest: Any) -> Any:
-            with th.autocast(first.device.type, th.bfloat16):
-                out = function(first, *rest)
-            return _float(out)
 
-        return call
+def _in_bf16(function: Callable[..., Any], first: th.Tensor, *rest: Any) -> Any:
+    with th.autocast(first.device.type, th.bfloat16):
+        out = function(first, *rest)
+    return _float(out)
 
 
 class Rate:
@@ -548,11 +444,7 @@ class Rate:
 
     @contextmanager
     def measure(self, things: int) -> Iterator[None]:
-        """
-        Time a block.
-
-        :param things: how many it does
-        """
+        """Time a block that does so many things."""
         start = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - start
@@ -560,12 +452,7 @@ class Rate:
 
 
 def flush_rate(*rates: Rate) -> float | None:
-    """
-    Read the common rate of several counters, and let them start anew.
-
-    :param rates: the counters
-    :return: things per second; None if nothing was done
-    """
+    """Read the common rate of several counters, per second, and let them start anew; None if nothing was done."""
     done, seconds = sum(rate.done for rate in rates), sum(rate.seconds for rate in rates)
     for rate in rates:
         rate.done, rate.seconds = 0, 0.0

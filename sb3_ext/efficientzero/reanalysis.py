@@ -16,13 +16,8 @@ from sb3_ext.replay.batch import to_device
 
 class Targets(NamedTuple):
     """
-    What a batch of windows is trained towards, at K + 1 places each.
-
-    :param values: ``[B, K + 1]``
-    :param policy: improved policy, ``[B, K + 1, S]`` over S actions or samples
-    :param actions: continuous control: those samples, ``[B, K + 1, S, D]``; else None
-    :param best: slot that the search chose, ``[B, K + 1]``
-    :param depth: of the deepest node of each search, mean
+    What a batch of windows is trained towards, at K + 1 places each: values ``[B, K + 1]``, and what the search found,
+    as in :class:`~sb3_ext.efficientzero.policies.Searched`.
     """
 
     values: th.Tensor
@@ -45,14 +40,9 @@ def reanalyze(
     """
     Search from the first K + 1 observations of each window, all of them at once; every observation is encoded once.
 
-    :param policy: the target network's
-    :param batch: windows
-    :param unroll_steps: K
-    :param n_steps: n of n-step returns
-    :param max_age: windows that are older get the search's value instead of the n-step return; None: none is too old
-    :param improved_values: search-based values are those of the improved policy, not means over all visits
-    :param memo: of the buffer that the windows are from; what it knows is not searched again
-    :return: targets; the value behind a termination is 0
+    Windows older than ``max_age`` get the search's value instead of the n-step return; None: none is too old. With
+    ``improved_values`` that is the improved policy's, not the mean over all visits. What the ``memo`` of the windows'
+    buffer knows is not searched again. The value behind a termination is 0.
     """
     places = unroll_steps + 1
     fresh = np.full(len(batch.rewards), True) if max_age is None else batch.ages <= max_age
@@ -69,8 +59,8 @@ def reanalyze(
             unroll_steps=unroll_steps, n_steps=n_steps, gamma=policy.gamma,
         )  # fmt: skip
         values = mix_values(n_step, values, fresh)
-    over = np.arange(places) >= batch.lengths[:, None]
-    values = np.where(over & batch.terminated[:, None], 0, values).astype(np.float32)
+    over = batch.terminated[:, None] & (np.arange(places) >= batch.lengths[:, None])
+    values = np.where(over, 0, values).astype(np.float32)
     tensors = to_device([values, found.policy, found.actions, found.best], policy.device)
     return Targets._make([*tensors, found.depth])
 
@@ -84,40 +74,32 @@ def _search_missing(
     memo: SearchMemo,
 ) -> Searched:
     """Search from what the memo does not know, and only once where windows overlap."""
-    size, length = batch.rewards.shape
     memo.follow(policy)
-    positions = batch.positions.reshape(-1)
     rows, searches = _missing(batch, places, fresh, memo)
+    window, place = np.unravel_index(rows, batch.positions.shape)
     results: dict[str, NDArray[Any]] = {}
     if len(rows):
         # one window of them all
-        observations = batch.observations.reshape(-1, *batch.observations.shape[2:])[rows][None]
+        observations = batch.observations[window, place][None]
         if searches:
-            legal = None
-            if batch.legal is not None:
-                legal = batch.legal.reshape(-1, batch.legal.shape[2])[rows[:searches]]
+            legal = None if batch.legal is None else batch.legal[window, place][:searches]
             found = policy.search(observations, searches, legal, improved)
             memo.depth = found.depth
             results = {name: x[0] for name, x in found._asdict().items() if name != "depth" and x is not None}
         else:
             results["values"] = policy.values(observations)[0]
     for name, new in results.items():
-        memo.put(positions[rows[: len(new)]], name, new)
+        memo.put(batch.positions[window, place][: len(new)], name, new)
 
-    def result(name: str, places: int) -> NDArray[Any]:
-        found = memo.get(name, positions)
-        if name in results:
-            found[rows[: len(results[name])]] = results[name]
-        return found.reshape(size, length + 1, *found.shape[1:])[:, :places]
+    def result(name: str) -> NDArray[Any]:
+        found = memo.get(name, batch.positions)
+        if name in results:  # also those of observations that are stored nowhere
+            count = len(results[name])
+            found[window[:count], place[:count]] = results[name]
+        return found if name == "values" else found[:, :places]
 
-    return Searched(
-        result("values", length + 1),
-        result("search_values", places),
-        result("policy", places),
-        None if policy.discrete else result("actions", places),
-        result("best", places),
-        memo.depth,
-    )
+    actions = None if policy.discrete else result("actions")
+    return Searched(result("values"), result("search_values"), result("policy"), actions, result("best"), memo.depth)
 
 
 def _missing(

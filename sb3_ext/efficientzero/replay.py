@@ -13,14 +13,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ext.data.checks import (
-    DatasetError,
-    check_recorded_padding,
-    check_same_actions,
-    choose_padding,
-    frames_per_observation,
-    ready_made_frames,
-)
+from sb3_ext.data import checks
 from sb3_ext.data.envs import to_channel_first
 from sb3_ext.data.load import DatasetLike
 from sb3_ext.data.source import open_source
@@ -81,7 +74,6 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
 
     memo: SearchMemo | None = None
     """What searches found from the stored observations, if anyone keeps it here; forgets what is overwritten."""
-    frames_on_device: bool | None = None
     _device_rings: DeviceRings | None = None
 
     def __init__(
@@ -101,8 +93,7 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
         super().__init__(buffer_size, observation_space, action_space, device, n_envs, optimize_memory_usage, **kwargs)
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}.")
-        self.length, self.min_weight = length, min_weight
-        self.frames_on_device = frames_on_device
+        self.length, self.min_weight, self.frames_on_device = length, min_weight, frames_on_device
         # sequences must be told apart at every step, also without n-step returns
         self._watch = True
         self._legal: NDArray[np.bool_] | None = None
@@ -116,11 +107,7 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
         super().add(*args, **kwargs)
 
     def add_legal(self, legal: NDArray[np.bool_]) -> None:
-        """
-        Say which actions were legal in the observations of the transitions that were added last.
-
-        :param legal: ``[n_envs, A]``, each with a legal action
-        """
+        """Say which actions ``[n_envs, A]`` were legal in the observations of the transitions that were added last."""
         if self._legal is None:
             self._legal = np.zeros((self.buffer_size, *legal.shape), bool)
         self._legal[self.pos - 1] = legal
@@ -149,17 +136,21 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
         :param env: VecNormalize to apply
         :return: the windows
         """
-        steps = np.arange(self.length)
+        places = np.arange(self.length + 1)
+        steps = places[:-1]
         step, which = np.divmod(indices, self.n_envs)
         newest = (self.pos - 1 - step) % self.buffer_size
-        window = (step[:, None] + steps) % self.buffer_size * self.n_envs + which[:, None]
-        ends = self._ends.reshape(-1)[window] | (steps >= newest[:, None])
+        positions = (step[:, None] + places) % self.buffer_size * self.n_envs + which[:, None]
+        window, ended = positions[:, :-1], self._ends.reshape(-1)
+        ends = ended[window] | (steps >= newest[:, None])
         ends[:, -1] = True
         lengths = ends.argmax(axis=1) + 1
         # a transition beyond the end is the last one again
         last = np.take_along_axis(window, np.minimum(steps[None], lengths[:, None] - 1), axis=1)
         rewards = self._normalize_reward(self.rewards.reshape(-1)[window], env)
-        positions = self._positions(step, which, lengths)
+        # a window's last observation is stored only where its sequence goes on
+        goes_on = ~ended[last[:, -1]] & (lengths <= newest)
+        positions = np.where(places < (lengths + goes_on)[:, None], positions, -1)
         legal = None
         if self._legal is not None:
             legal = self._legal.reshape(-1, self._legal.shape[2])[positions]
@@ -193,37 +184,23 @@ class SequenceReplayBuffer(PrioritizedReplayBuffer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_device_rings": None}
 
-    def _positions(
-        self, step: NDArray[np.int64], which: NDArray[np.int64], lengths: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """Where a window's observations are stored; its last one only where its sequence goes on."""
-        places = np.arange(self.length + 1)
-        positions = (step[:, None] + places) % self.buffer_size * self.n_envs + which[:, None]
-        last = (step + lengths - 1) % self.buffer_size
-        goes_on = ~self._ends[last, which] & (last != (self.pos - 1) % self.buffer_size)
-        positions[places >= (lengths + goes_on)[:, None]] = -1
-        return positions
-
 
 class SearchMemo:
     """
-    Values and search results by position in a replay buffer.
+    Values and search results by position in a replay buffer, which has so many of them.
 
     Every array has a last row more, of zeros, which is never written: position -1 stands for "stored nowhere".
-
-    :param size: positions, P
     """
 
     def __init__(self, size: int) -> None:
         self.valued = np.zeros(size + 1, bool)
-        """Whether the network's value of a position is known, ``[P + 1]``."""
+        """Whether the network's value of a position is known."""
         self.searched = np.zeros(size + 1, bool)
-        """Whether the results of a search are known, ``[P + 1]``."""
+        """Whether the results of a search are known."""
         self.depth = 0.0
         """Of the last searches, mean."""
         self.settings = ""
         """What results depend on besides the network; see :meth:`follow`."""
-        self._size = size
         self._arrays: dict[str, NDArray[Any]] = {}
         self._fingerprint: tuple[int, str] | None = None
         self._versions: tuple[str, tuple[tuple[int, int], ...]] = "", ()
@@ -233,10 +210,8 @@ class SearchMemo:
 
     def follow(self, network: th.nn.Module) -> None:
         """
-        Forget everything if the network or :attr:`settings` are not what they were at the last call, also before saving
-        and loading.
-
-        :param network: that searches
+        Forget everything if the network that searches, or :attr:`settings`, are not what they were at the last call,
+        also before saving and loading.
         """
         tensors = network.state_dict().values()
         versions = self.settings, tuple((x.data_ptr(), x._version) for x in tensors)
@@ -251,36 +226,23 @@ class SearchMemo:
         self._fingerprint, self._versions = (fingerprint, self.settings), versions
 
     def forget(self, positions: NDArray[np.int64] | slice) -> None:
-        """
-        Forget what was found from observations that are overwritten.
-
-        :param positions: of them
-        """
+        """Forget what was found from observations at positions that are overwritten."""
         self.valued[positions] = self.searched[positions] = False
 
     def put(self, positions: NDArray[np.int64], name: str, results: NDArray[Any]) -> None:
         """
-        Keep results.
-
-        :param positions: ``[N]``; -1 is left out
-        :param name: ``"values"`` for the network's, any other for a search's; a search's all belong together
-        :param results: ``[N, ...]``
+        Keep results ``[N, ...]`` of positions ``[N]``, -1 left out; ``"values"`` are the network's, other names a
+        search's, which all belong together.
         """
         if name not in self._arrays:
-            self._arrays[name] = np.zeros((self._size + 1, *results.shape[1:]), results.dtype)
+            self._arrays[name] = np.zeros((len(self.valued), *results.shape[1:]), results.dtype)
         stored = positions >= 0
         at = positions[stored]
         self._arrays[name][at] = results[stored]
         (self.valued if name == "values" else self.searched)[at] = True
 
     def get(self, name: str, positions: NDArray[np.int64]) -> NDArray[Any]:
-        """
-        Look results up.
-
-        :param name: under which :meth:`put` got them
-        :param positions: of any shape
-        :return: ``[*positions.shape, ...]``; zeros at -1
-        """
+        """Results ``[*positions.shape, ...]`` that :meth:`put` got under a name; zeros at -1."""
         found: NDArray[Any] = self._arrays[name][positions]
         return found
 
@@ -292,18 +254,13 @@ def fill_replay_buffer(
     padding_shown: Callable[[int], frozenset[str]] = lambda n_frames: frozenset(PADDING_TYPES),
 ) -> int:
     """
-    Add every transition of a dataset, episode by episode.
+    Add every transition of a dataset, episode by episode, to the buffer of one environment; say how many.
 
     Single frames are stacked to what the agent sees. The dataset is read twice: it is checked as a whole before
-    anything is added.
+    anything is added. The policy scales continuous actions. If there are stacks, ``padding_shown`` tells for so many
+    frames per observation what the agent's environment has before an episode's first one, as
+    :func:`~sb3_ext.data.envs.padding_shown_by` does. Default: not known, so zeros.
 
-    :param buffer: of one environment; large enough for the dataset
-    :param dataset: a ``MinariDataset``, an id or a path
-    :param policy: scales continuous actions
-    :param padding_shown: tells for so many frames per observation what the agent's environment has before an episode's
-        first one, as :func:`~sb3_ext.data.envs.padding_shown_by` does; asked if there are stacks. Default: not known,
-        so zeros
-    :return: transitions added
     :raises DatasetError: if the dataset is missing, damaged, of other spaces or larger than the buffer, or has recorded
         frame stacks that begin an episode otherwise than the environment's
     :raises ValueError: if the buffer is that of several environments
@@ -312,36 +269,34 @@ def fill_replay_buffer(
         raise ValueError(f"A dataset can be learnt from with one environment only, there are {buffer.n_envs}.")
     source = open_source(dataset, continuous=True)
     source.warn_if_lossy()
-    stack = frames_per_observation(source.name, source.observation_space, buffer.observation_space)
-    check_same_actions(source.name, source.action_space, buffer.action_space)
+    stack = checks.frames_per_observation(source.name, source.observation_space, buffer.observation_space)
+    checks.check_same_actions(source.name, source.action_space, buffer.action_space)
     storage = source.open()
     lengths = source.episode_lengths(storage)
     total = int(lengths.sum())
     if total > buffer.buffer_size - buffer.size():
-        raise DatasetError(
+        raise checks.DatasetError(
             f"{source.name} has {total} steps, the replay buffer has room for {buffer.buffer_size - buffer.size()}; "
             f"set buffer_size to {buffer.size() + total} or more."
         )
     same = source.observation_space.shape == buffer.observation_space.shape
-    recorded, shown = ready_made_frames(source.observation_space) if stack == 1 else 1, None
+    recorded, shown = checks.ready_made_frames(source.observation_space) if stack == 1 else 1, None
     for number, episode in enumerate(source.read(storage, source.episodes, lengths, strict=True)):
         if recorded > 1:
             frames = episode.observations if same else to_channel_first(episode.observations, source.observation_space)
             if shown is None and split_stacks(frames, recorded) is not None:
                 shown = padding_shown(recorded)
             if shown is not None:
-                check_recorded_padding(source.name, number, frames, recorded, shown)
-    padding_type = choose_padding(source.name, padding_shown(stack), stack) if stack > 1 else "zero"
+                checks.check_recorded_padding(source.name, number, frames, recorded, shown)
+    padding_type = checks.choose_padding(source.name, padding_shown(stack), stack) if stack > 1 else "zero"
     for episode in source.read(source.open(), source.episodes, lengths, strict=True):
-        frames, actions = episode.observations, np.asarray(episode.actions)
-        if not same:
-            frames = to_channel_first(frames, source.observation_space)
+        frames = episode.observations if same else to_channel_first(episode.observations, source.observation_space)
+        actions = np.asarray(episode.actions)
         if isinstance(buffer.action_space, spaces.Box):
             actions = policy.scale_action(actions)
         observations = stack_episode(frames, stack, padding_type)
-        steps = np.arange(len(actions))
-        for t in steps:
-            end = t == steps[-1]
+        for t in range(len(actions)):
+            end = t == len(actions) - 1
             infos = [{"TimeLimit.truncated": end and not episode.terminated}]
             now, then = observations[t : t + 1], observations[t + 1 : t + 2]
             buffer.add(now, then, actions[t : t + 1], episode.rewards[t], np.array([end]), infos)

@@ -12,10 +12,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 def random_state(model: BaseAlgorithm) -> dict[str, Any]:
     """
-    Read every generator that an SB3 algorithm draws from outside its replay buffer and its environment.
-
-    :param model: the algorithm
-    :return: state of torch (CPU, and the model's GPU), numpy's and Python's global generators, and the action space's
+    State of every generator that an SB3 algorithm draws from outside its replay buffer and its environment: torch's
+    (CPU, and the model's GPU), numpy's and Python's global ones, and the action space's.
     """
     state: dict[str, Any] = {
         "torch": th.get_rng_state().numpy(),
@@ -29,14 +27,7 @@ def random_state(model: BaseAlgorithm) -> dict[str, Any]:
 
 
 def restore_random_state(model: BaseAlgorithm, state: dict[str, Any]) -> None:
-    """
-    Set every generator back.
-
-    A GPU's generator stays as it is if the state was read on a CPU.
-
-    :param model: the algorithm
-    :param state: from :func:`random_state`
-    """
+    """Set every generator back; a GPU's stays as it is if the state was read on a CPU."""
     th.set_rng_state(th.from_numpy(state["torch"]))
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])

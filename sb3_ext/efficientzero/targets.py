@@ -24,21 +24,17 @@ def n_step_values(
     gamma: float,
 ) -> NDArray[np.float32]:
     """
-    n-step returns at the first ``K + 1`` places of each window, bootstrapped from given values.
+    n-step returns ``[B, K + 1]`` at the first ``K + 1`` places of each window, bootstrapped from given values.
 
     ``z_k = sum_{i < m} gamma^i r_{k + i} + gamma^m v_{k + m}`` with ``m = min(n, length - k)``: where a window ends
     early, the sum stops and bootstraps there; behind a termination there is nothing, and the value of a terminal place
-    is 0.
+    is 0. Places beyond the end of a window that was not terminated get the value of its last observation, which is to
+    be masked.
 
-    :param rewards: of the window's transitions, ``[B, L]``, ``L >= K + n``; ignored from ``lengths`` on
+    :param rewards: ``[B, L]``, ``L >= K + n``; ignored from ``lengths`` on
     :param values: of the window's observations, ``[B, L + 1]``; ignored beyond ``lengths``
     :param lengths: transitions of the window that belong to its episode, ``[B]``, from 1 to L
     :param terminated: whether the last of them ended the task, ``[B]``
-    :param unroll_steps: K
-    :param n_steps: n
-    :param gamma: discount factor
-    :return: targets ``[B, K + 1]``, in units of return; at places beyond ``lengths`` of a window that was not
-        terminated the value of its last observation, which is to be masked
     :raises ValueError: if the windows are too short
     """
     batch, length = rewards.shape
@@ -62,13 +58,8 @@ def n_step_values(
 
 def mix_values(n_step: Floats, search: Floats, fresh: NDArray[np.bool_]) -> NDArray[np.float32]:
     """
-    Mixed value target: n-step returns for fresh windows, whose actions are nearly on-policy, and search-based values
-    for the others (Wang et al., 2024, https://arxiv.org/abs/2403.00564).
-
-    :param n_step: ``[B, K + 1]``
-    :param search: ``[B, K + 1]``
-    :param fresh: ``[B]``
-    :return: ``[B, K + 1]``
+    Mixed value target ``[B, K + 1]``: n-step returns for fresh windows ``[B]``, whose actions are nearly on-policy, and
+    search-based values for the others (Wang et al., 2024, https://arxiv.org/abs/2403.00564).
     """
     return np.where(fresh[:, None], n_step, search).astype(np.float32)
 
@@ -77,14 +68,9 @@ def loss_masks(
     lengths: NDArray[np.int64], terminated: NDArray[np.bool_], unroll_steps: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """
-    Which places of a window each loss may see.
-
-    :param lengths: transitions of the window that belong to its episode, ``[B]``
-    :param terminated: whether the last of them ended the task, ``[B]``
-    :param unroll_steps: K
-    :return: three arrays of 0 and 1. ``policy [B, K + 1]``: observations in which an action is to be chosen.
-        ``value [B, K + 1]``: those, and everything behind a termination, where the value is 0. ``reward [B, K]``:
-        transitions of the episode, and those behind a termination, where the reward is 0
+    Which places of a window each loss may see, 0 or 1, from what :func:`n_step_values` gets. ``policy [B, K + 1]``:
+    observations in which an action is to be chosen. ``value [B, K + 1]``: those, and everything behind a termination,
+    where the value is 0. ``reward [B, K]``: transitions of the episode, and those behind a termination, where it is 0.
     """
     places = np.arange(unroll_steps + 1)
     inside = places <= lengths[:, None]
@@ -96,12 +82,8 @@ def loss_masks(
 
 def value_prefixes(rewards: Floats, horizon: int) -> NDArray[np.float32]:
     """
-    Undiscounted sums of rewards from the root on, which begin anew every ``horizon`` steps (Ye et al., 2021,
+    Undiscounted sums of rewards ``[B, K]`` from the root on, which begin anew every ``horizon`` steps (Ye et al., 2021,
     https://arxiv.org/abs/2111.00210, section 4.2).
-
-    :param rewards: ``[B, K]``
-    :param horizon: steps per sum
-    :return: ``[B, K]``
     """
     parts = [rewards[:, k : k + horizon].cumsum(axis=1) for k in range(0, rewards.shape[1], horizon)]
     return np.concatenate(parts, axis=1).astype(np.float32)

@@ -16,7 +16,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecTransposeImage
 
-from sb3_ext import EfficientZeroV2, load_minari, make_eval_env, record
+from sb3_ext import CQL, DQN, EfficientZeroV2, load_minari, make_eval_env, record
 from sb3_ext.data import DatasetError, Episode, StackFrames, collect_episodes
 from sb3_ext.data.checks import check_padding
 from sb3_ext.data.envs import padding_shown_by
@@ -275,3 +275,55 @@ def test_looking_within_an_episode_begins_a_new_one(frames: minari.MinariDataset
     assert other._last_obs is not None
     other.pretrain(frames, 0)
     assert other._last_obs is None
+
+
+TINY: dict[str, Any] = {"seed": 0, "device": "cpu", "batch_size": 4, "policy_kwargs": {"n_quantiles": 5}}
+
+
+def stacked(padding_type: str) -> VecEnv:
+    return DummyVecEnv([lambda: StackFrames(Ramp(), 4, padding_type)])
+
+
+@pytest.mark.parametrize(("shown", "other"), [("zero", "reset"), ("reset", "zero")])
+def test_cql_follows_its_environment_until_it_has_learnt(
+    shown: str, other: str, frames: minari.MinariDataset, tmp_path: Any
+) -> None:
+    model = CQL("CnnPolicy", frames, env=stacked(shown), **TINY)
+    assert model.dataset_info["padding_type"] == shown
+    np.testing.assert_array_equal(
+        model.replay_buffer._get_samples(np.array([0])).observations[0], stacked(shown).reset()[0]
+    )
+    given = {"dataset_kwargs": {"padding_type": other}}
+    with pytest.raises(DatasetError, match=f"{other}.*{shown}|{shown}.*{other}"):
+        CQL("CnnPolicy", frames, env=stacked(shown), **TINY, **given)
+    model.set_env(stacked(other))  # nothing is learnt yet
+    assert model.replay_buffer.padding_type == other
+    model.learn(2)
+    with pytest.raises(DatasetError, match="padding_type"):
+        model.set_env(stacked(shown))
+    model.save(tmp_path / "model")
+    loaded = CQL.load(tmp_path / "model", device="cpu")
+    loaded.set_dataset(frames)
+    assert loaded.replay_buffer.padding_type == other
+    model.set_env(stacked(other))
+    model.learn_online(8)
+
+
+@pytest.mark.parametrize("padding_type", ["zero", "reset"])
+def test_a_model_is_recorded_with_the_stacks_that_it_knows(padding_type: str, frames: minari.MinariDataset) -> None:
+    seen: list[Any] = []
+    given = {"dataset_kwargs": {"padding_type": padding_type}}
+    offline = CQL("CnnPolicy", frames, **TINY, **given)
+    online = DQN("CnnPolicy", stacked(padding_type), buffer_size=10, device="cpu")
+    for model in (offline, online):
+        predict = model.predict
+
+        def watched(observation: Any, predict: Any = predict, **kwargs: Any) -> Any:
+            seen.append(observation)
+            return predict(observation, **kwargs)
+
+        model.predict = watched  # type: ignore[method-assign]
+        collect_episodes(model, Ramp(), n_episodes=1)
+        first = [0, 0, 0, 100] if padding_type == "zero" else [100] * 4
+        assert seen[0][:, 0, 0].tolist() == first
+        seen.clear()

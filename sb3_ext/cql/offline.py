@@ -149,6 +149,7 @@ class OfflineAlgorithm(BaseAlgorithm):
         if self.env is None or not isinstance(buffer, OfflineReplayBuffer) or buffer.frame_stack == 1:
             return
         match_padding(buffer, self.env, fixed=self._given_padding or self._n_updates > 0)
+        self.dataset_info["padding_type"] = buffer.padding_type
         self._last_obs = None  # the environment was reset
 
     def _set_returns(self) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from sb3_ext.data.envs import StackFrames
+from sb3_ext.data.checks import choose_padding
+from sb3_ext.data.envs import StackFrames, padding_shown_by
 from sb3_ext.data.write import Episode, check_new_dataset, write_dataset
 from sb3_ext.replay.frames import pack_frames
 
@@ -126,13 +127,23 @@ def _agent_view(policy: BaseAlgorithm | Policy | None, env: gym.Env[Any, Any]) -
     wanted, single = policy.observation_space.shape, StackFrames(env, 1).observation_space.shape
     assert single is not None
     if wanted is not None and wanted[1:] == single[1:] and wanted[0] % single[0] == 0:
-        view = StackFrames(env, wanted[0] // single[0])
+        n_frames = wanted[0] // single[0]
+        view = StackFrames(env, n_frames, _learnt_padding(policy, n_frames))
         if view.observation_space == policy.observation_space:
             return view
     raise ValueError(
         f"The model sees {policy.observation_space}, the environment shows {env.observation_space}, and stacking its "
         "frames does not help. Pass the environment with single frames that the model's environment was built on."
     )
+
+
+def _learnt_padding(model: BaseAlgorithm, n_frames: int) -> str:
+    """What stood before an episode's first frame where the model learnt; looking resets its environment."""
+    known: str | None = getattr(model, "dataset_info", {}).get("padding_type")
+    if known or model.env is None or n_frames == 1:
+        return known or "zero"
+    model._last_obs = None
+    return choose_padding("the model's environment", padding_shown_by(model.env, n_frames), n_frames)
 
 
 def collect_episodes(

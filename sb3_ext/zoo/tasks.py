@@ -163,6 +163,7 @@ def make_envs(
     n_envs: int = 1,
     seed: int | None = None,
     frame_stack: int | None = None,
+    padding_type: str | None = None,
     like: spaces.Space[Any] | None = None,
     monitor: Path | None = None,
     training: bool = False,
@@ -173,6 +174,7 @@ def make_envs(
 
     :param seed: seed of the first copy; the others count up
     :param frame_stack: frames per observation; default 4 for pictures with one channel, else 1
+    :param padding_type: what stands before an episode's first frame; default zeros
     :param like: observation space of a model; pictures are stacked to fit it
     :param monitor: folder for ``<i>.monitor.csv``, which are added to if they exist
     :param training: clip the rewards of Atari games to [-1, 1]; the monitor still sees the score
@@ -189,7 +191,9 @@ def make_envs(
         if training and atari:
             env = gym.wrappers.ClipReward(env, -1.0, 1.0)
         stack = _stack(env, frame_stack, like)
-        return StackFrames(env, stack) if stack > 1 or is_picture(env.observation_space) else env
+        if stack == 1 and not is_picture(env.observation_space):
+            return env
+        return StackFrames(env, stack, padding_type or "zero")
 
     venv = DummyVecEnv([lambda i=i: make(i) for i in range(n_envs)])  # type: ignore[misc]
     venv.seed(seed)
@@ -211,6 +215,7 @@ def make_model_envs(task: Task, model: BaseAlgorithm, **kwargs: Any) -> VecEnv:
 
     :param kwargs: arguments that :func:`make_envs` and :func:`~sb3_ext.data.make_eval_env` share
     """
+    kwargs["padding_type"] = getattr(model, "dataset_info", {}).get("padding_type")  # what it has learnt from
     if task.env:
         env = make_envs(task.env, like=model.observation_space, **kwargs)
     else:

@@ -105,7 +105,7 @@ class FolderRemote(Remote):
 
 
 class HubRemote(Remote):
-    """A folder in a dataset repository of the Hub; the token is ``HF_TOKEN`` or that of ``hf auth login`` by default."""
+    """A dataset repository's folder on the Hub; the token is ``HF_TOKEN`` or that of ``hf auth login`` by default."""
 
     workers = 8
 

@@ -35,7 +35,11 @@ STORAGES = ("mmap", "compressed", "ram", "device")
 
 
 def choose_episodes(lengths: NDArray[np.int64], subset: float, seed: int) -> NDArray[np.int64]:
-    """Draw whole episodes from all over a log, sorted, until they hold a share of its steps, ``subset`` in (0, 1]."""
+    """
+    Draw whole episodes from all over a log until they hold the share ``subset``, in (0, 1], of its steps.
+
+    They come as positions in ``lengths``, in the order of the log.
+    """
     if subset == 1:
         return np.arange(len(lengths))
     order = np.random.default_rng(seed).permutation(len(lengths))

@@ -10,7 +10,7 @@ import yaml
 from gymnasium import spaces
 
 from sb3_ext.data.envs import is_frame_space
-from sb3_ext.data.hub.manifest import PICTURE
+from sb3_ext.data.hub.manifest import CARD, PICTURE
 from sb3_ext.data.source import Source, env_spec
 from sb3_ext.data.write import return_statistics
 
@@ -73,17 +73,24 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
-def write_card(path: Path, source: Source, returns: Sequence[float], steps: int, size: int, address: str) -> None:
+def write_card(
+    folder: Path, source: Source, returns: Sequence[float], steps: int, size: int, address: str
+) -> dict[str, Path]:
     """
-    Write the card.
+    Write the card of a dataset that is published at an address, and a histogram of its returns; give both by name.
 
-    :param path: the file
-    :param source: the dataset
-    :param returns: undiscounted return of each episode
-    :param steps: steps of all episodes
-    :param size: bytes of the data
-    :param address: where the dataset is published
+    The dataset has episodes of these undiscounted returns, so many steps in all, and a size in bytes.
     """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The picture of the returns needs matplotlib: pip install 'sb3-ext[report]'") from error
+    files = {name: folder / name for name in (CARD, PICTURE)}
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.add_subplot()
+    plot_returns(axes, returns, "mean")
+    axes.set(xlabel="return of an episode", ylabel="episodes")
+    figure.savefig(files[PICTURE], dpi=120, format="png")
     metadata = source.metadata
     facts = {
         "environment": (env_spec(metadata) or {}).get("id"),
@@ -99,7 +106,7 @@ def write_card(path: Path, source: Source, returns: Sequence[float], steps: int,
         "requirements": metadata.get("requirements"),
         "Minari": metadata.get("minari_version"),
     }
-    discrete = isinstance(source.action_space, spaces.Discrete)
+    use = _TRAIN if isinstance(source.action_space, spaces.Discrete) else _READ
     policy = "CnnPolicy" if is_frame_space(source.observation_space) else "MlpPolicy"
     front = {"pretty_name": source.name, "tags": ["minari", "reinforcement-learning", "offline-rl", "sb3_ext"]}
     text = _CARD.format(
@@ -109,39 +116,15 @@ def write_card(path: Path, source: Source, returns: Sequence[float], steps: int,
         facts="\n".join(f"| {k} | {_cell(v)} |" for k, v in facts.items() if _cell(v).lower() not in ("", "none")),
         picture=PICTURE,
         address=address,
-        use=(_TRAIN if discrete else _READ).format(id=source.name, policy=policy),
+        use=use.format(id=source.name, policy=policy),
         **return_statistics(returns),
     )
-    path.write_text(text, encoding="utf-8")
+    files[CARD].write_text(text, encoding="utf-8")
+    return files
 
 
 def plot_returns(axes: Any, returns: Sequence[float], label: str) -> None:
-    """
-    Plot a histogram of returns, with a line at their mean.
-
-    :param axes: of matplotlib
-    :param returns: undiscounted return of each episode
-    :param label: of the line
-    """
+    """Plot a histogram of the episodes' returns, with a labelled line at their mean."""
     axes.hist(returns, bins=min(50, max(10, len(returns) // 5)))
     axes.axvline(return_statistics(returns)["mean"], color="black", linestyle="--", label=label)
     axes.legend()
-
-
-def draw_returns(path: Path, returns: Sequence[float]) -> None:
-    """
-    Draw a histogram of returns as PNG.
-
-    :param path: the file
-    :param returns: undiscounted return of each episode
-    :raises ImportError: if matplotlib is missing
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The picture of the returns needs matplotlib: pip install 'sb3-ext[report]'") from error
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.add_subplot()
-    plot_returns(axes, returns, "mean")
-    axes.set(xlabel="return of an episode", ylabel="episodes")
-    figure.savefig(path, dpi=120, format="png")

@@ -15,18 +15,8 @@ from minari.storage.datasets_root_dir import get_dataset_path
 
 from sb3_ext.data.checks import DatasetError
 from sb3_ext.data.folders import check_space, ensure_namespace, full_disk, lock_folder
-from sb3_ext.data.hub.card import draw_returns, write_card
-from sb3_ext.data.hub.manifest import (
-    CARD,
-    MANIFEST,
-    METADATA,
-    PICTURE,
-    Manifest,
-    check_names,
-    describe,
-    matches,
-    parse_manifest,
-)
+from sb3_ext.data.hub.card import write_card
+from sb3_ext.data.hub.manifest import MANIFEST, METADATA, Manifest, check_names, describe, matches, parse_manifest
 from sb3_ext.data.hub.remotes import FolderRemote, NotPublished, Remote, open_remote
 from sb3_ext.data.source import DatasetLike, Source, open_source
 from sb3_ext.data.write import check_new_id
@@ -40,11 +30,11 @@ _LARGE = 1 << 26
 def _data_files(source: Source) -> dict[str, Path]:
     """The files of a dataset on this machine, by the names they get."""
     files: dict[str, Path] = {}
-    for folder, subfolders, names in os.walk(source.path):
-        for path in (Path(folder, name) for name in (*subfolders, *names)):
-            if path.is_symlink():
-                raise DatasetError(f"{path} is a symbolic link; put the file itself in its place to publish it.")
-        files |= {Path("data", Path(folder, n).relative_to(source.path)).as_posix(): Path(folder, n) for n in names}
+    for path in source.path.rglob("*"):
+        if path.is_symlink():
+            raise DatasetError(f"{path} is a symbolic link; put the file itself in its place to publish it.")
+        if not path.is_dir():
+            files[f"data/{path.relative_to(source.path).as_posix()}"] = path
     check_names(files, str(source.path))
     return dict(sorted(files.items()))
 
@@ -100,20 +90,17 @@ def publish(
     files = _data_files(source)
     say(f"checking {len(source.episodes)} episodes")
     storage = source.open()
-    episodes = source.read(storage, source.episodes, source.episode_lengths(storage), strict=False)
-    returns, steps = [], 0
-    for episode in episodes:
-        returns.append(float(episode.rewards.sum(dtype="float64")))
-        steps += len(episode.rewards)
+    lengths = source.episode_lengths(storage)
+    episodes = source.read(storage, source.episodes, lengths, strict=False)
+    returns = [float(episode.rewards.sum(dtype="float64")) for episode in episodes]
     with TemporaryDirectory() as folder:
         size = sum(path.stat().st_size for path in files.values())
-        extra = {name: Path(folder, name) for name in (CARD, PICTURE, MANIFEST)}
-        draw_returns(extra[PICTURE], returns)
-        write_card(extra[CARD], source, returns, steps, size, place.address)
-        described = {n: describe(path) for n, path in (files | extra).items() if n != MANIFEST}
-        extra[MANIFEST].write_bytes(Manifest(name, described).dump())
-        say(f"sending {len(files) + len(extra)} files, {size:,} bytes, to {place.address}")
-        place.send(files | extra, name)
+        files |= write_card(Path(folder), source, returns, int(lengths.sum()), size, place.address)
+        manifest = Manifest(name, {n: describe(path) for n, path in files.items()})
+        files[MANIFEST] = Path(folder, MANIFEST)
+        files[MANIFEST].write_bytes(manifest.dump())
+        say(f"sending {len(files)} files, {size:,} bytes, to {place.address}")
+        place.send(files, name)
     return place.address
 
 
@@ -172,21 +159,16 @@ def _fetch_all(place: Remote, manifest: Manifest, staging: Path, say: Report) ->
 
 def _keep_only(staging: Path, manifest: Manifest) -> None:
     """Remove what is not in the manifest, such as files of another version and what the clients left."""
-    for folder, subfolders, names in os.walk(staging, topdown=False):
-        for path in (Path(folder, name) for name in names):
+    for path in sorted(staging.rglob("*"), reverse=True):  # what is in a folder comes before it
+        if not path.is_dir():
             if path.relative_to(staging).as_posix() not in manifest.files:
                 path.unlink()
-        for path in (Path(folder, name) for name in subfolders):
-            if not any(path.iterdir()):
-                path.rmdir()
+        elif not any(path.iterdir()):
+            path.rmdir()
 
 
 def download(
-    remote: str | os.PathLike[str],
-    *,
-    overwrite: bool = False,
-    token: str | None = None,
-    report: Report | None = None,
+    remote: str | os.PathLike[str], *, overwrite: bool = False, token: str | None = None, report: Report | None = None
 ) -> str:
     """
     Download a dataset that :func:`publish` published, and check every file of it.

@@ -26,12 +26,7 @@ _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 @dataclass(frozen=True)
 class File:
-    """
-    What a file must be.
-
-    :param size: in bytes
-    :param sha256: of its contents, hexadecimal
-    """
+    """What a file must be: its size in bytes, and the SHA-256 of its contents, hexadecimal."""
 
     size: int
     sha256: str
@@ -39,52 +34,35 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """
-    All files of a published dataset but the manifest.
-
-    :param dataset_id: ``namespace/name-v0``
-    :param files: by name, relative to the dataset's folder, with slashes
-    """
+    """All files of a published dataset but the manifest, by name, relative to the dataset's folder, with slashes."""
 
     dataset_id: str
     files: Mapping[str, File]
 
     def dump(self) -> bytes:
         """Return the contents of ``manifest.json``, which carry a checksum of their own."""
-        return json.dumps(_with_digest(self), indent=1).encode() + b"\n"
+        content = {
+            "manifest_version": _VERSION,
+            "dataset_id": self.dataset_id,
+            "files": {name: {"size": f.size, "sha256": f.sha256} for name, f in sorted(self.files.items())},
+        }
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return json.dumps(content | {"sha256": digest}, indent=1).encode() + b"\n"
 
 
 def describe(path: Path) -> File:
-    """
-    Read a file's size and checksum.
-
-    :param path: the file
-    :return: both
-    """
+    """Read a file's size and checksum."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return File(path.stat().st_size, digest)
+        return File(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def matches(path: Path, wanted: File) -> bool:
-    """
-    Compare a file with what it must be.
-
-    :param path: the file, which need not exist
-    :param wanted: from the manifest
-    :return: whether it is there and the same
-    """
+    """Whether a file is there and is what it must be."""
     return path.is_file() and path.stat().st_size == wanted.size and describe(path) == wanted
 
 
 def check_names(names: Mapping[str, Any], where: str) -> None:
-    """
-    Refuse file names that a dataset does not have, above all those that lead out of its folder.
-
-    :param names: relative to the dataset's folder, with slashes
-    :param where: for the message
-    :raises DatasetError: naming the first of them
-    """
+    """Refuse file names that a dataset does not have, above all those that lead out of its folder."""
     seen: dict[str, str] = {}
     for name in names:
         path = PurePosixPath(name)
@@ -103,15 +81,6 @@ def check_names(names: Mapping[str, Any], where: str) -> None:
             raise DatasetError(f"{where}: {seen[name]!r} lies in another file.")
 
 
-def _with_digest(manifest: Manifest) -> dict[str, Any]:
-    content = {
-        "manifest_version": _VERSION,
-        "dataset_id": manifest.dataset_id,
-        "files": {name: {"size": f.size, "sha256": f.sha256} for name, f in sorted(manifest.files.items())},
-    }
-    return content | {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -120,14 +89,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """
-    Read a manifest, trusting nothing in it.
-
-    :param data: contents of ``manifest.json``
-    :param where: address of the dataset, for the message
-    :return: the manifest
-    :raises DatasetError: if it is damaged, of a later version, or names files that no dataset has
-    """
+    """Read a manifest, trusting nothing in it: neither its version and checksum nor the names of its files."""
     try:
         content = json.loads(data, object_pairs_hook=_unique)
         if content["manifest_version"] != _VERSION:
@@ -139,7 +101,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         if match is None or match["version"] is None:
             raise ValueError(f"{content['dataset_id']!r} is no dataset id")
         manifest = Manifest(content["dataset_id"], files)
-        if _with_digest(manifest) != content:
+        if json.loads(manifest.dump()) != content:
             raise ValueError("its own checksum is wrong")
         if METADATA not in files:
             raise ValueError(f"{METADATA} is missing")
@@ -151,12 +113,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 
 
 def differences(folder: Path) -> list[str] | None:
-    """
-    Compare a downloaded dataset with the manifest beside it.
-
-    :param folder: of the dataset
-    :return: a sentence for each file that is not as it was published; None if there is no manifest
-    """
+    """Say of each file of a downloaded dataset how it differs from the manifest; None if there is no manifest."""
     path = folder / MANIFEST
     if not path.is_file():
         return None

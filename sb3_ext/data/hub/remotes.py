@@ -9,7 +9,7 @@ import shutil
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,11 +31,7 @@ class NotPublished(DatasetError):
 
 
 class Remote(ABC):
-    """
-    A dataset's folder somewhere else.
-
-    :param address: of the dataset's folder
-    """
+    """A dataset's folder somewhere else, at an address."""
 
     workers = 1
     """Files to fetch at the same time."""
@@ -50,63 +46,46 @@ class Remote(ABC):
     @abstractmethod
     def fetch(self, name: str, folder: Path) -> Path:
         """
-        Fetch a file.
+        Fetch a file, unchecked, to somewhere in the folder, or raise :class:`NotPublished` or another DatasetError.
 
-        :param name: of the file
-        :param folder: where to put it and what is needed to go on after a cut; used again for the same dataset
-        :return: the file, somewhere in the folder; its contents are not checked
-        :raises NotPublished: if it is not there
-        :raises DatasetError: if it cannot be had
+        The folder is for what is needed to go on after a cut, too; it is used again for the same dataset.
         """
 
     @abstractmethod
     def send(self, files: Mapping[str, Path], dataset_id: str) -> None:
-        """
-        Publish files as the dataset, in the place of all that is there.
-
-        :param files: by name
-        :param dataset_id: of the dataset
-        :raises DatasetError: if that fails
-        """
-
-    def _missing(self, name: str) -> NotPublished:
-        return NotPublished(f"{self.address}: there is no {name}.")
+        """Publish files, by name, as the dataset, in the place of all that is there."""
 
 
 class FolderRemote(Remote):
     """A folder of this machine or of a network drive."""
 
-    @property
-    def _root(self) -> Path:
-        return Path(self.address)
-
     def names(self) -> set[str]:
         """List the folder; links are not followed."""
-        found = (Path(folder, name) for folder, _, names in os.walk(self._root) for name in names)
-        return {path.relative_to(self._root).as_posix() for path in found}
+        found = (Path(folder, name) for folder, _, names in os.walk(self.address) for name in names)
+        return {path.relative_to(self.address).as_posix() for path in found}
 
     def fetch(self, name: str, folder: Path) -> Path:
         """Copy a file; refuse symbolic links, which may lead anywhere."""
-        source, target = self._root / name, folder / name
+        root, source, target = Path(self.address), Path(self.address, name), folder / name
         try:
             for path in (source, *source.parents):
-                if path == self._root:
+                if path == root:
                     break
                 if path.is_symlink():
-                    raise DatasetError(f"{self.address}: {path.relative_to(self._root)} is a symbolic link. Refused.")
+                    raise DatasetError(f"{self.address}: {path.relative_to(root)} is a symbolic link. Refused.")
             if not stat.S_ISREG(source.lstat().st_mode):  # reading a pipe would never end
                 raise DatasetError(f"{self.address}: {name} is no regular file. Refused.")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise self._missing(name) from error
+            raise NotPublished(f"{self.address}: there is no {name}.") from error
         except PermissionError as error:
             raise DatasetError(f"{source} may not be read (permission denied). Ask its owner.") from error
         return target
 
     def send(self, files: Mapping[str, Path], dataset_id: str) -> None:
         """Fill a hidden folder beside the dataset's, and move it to its place."""
-        final = self._root
+        final = Path(self.address)
         partial = work_folder(final, "publish")
         needed = sum(path.stat().st_size for path in files.values())
         try:
@@ -125,20 +104,8 @@ class FolderRemote(Remote):
             raise DatasetError(f"{final.parent} may not be written ({error}). Choose another place.") from error
 
 
-def _hub_errors() -> tuple[type[BaseException], ...]:
-    """What the Hub's library raises, and its HTTP client, which differs with the version."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return (OSError, RuntimeError, *HfHubHTTPError.__bases__)
-
-
 class HubRemote(Remote):
-    """
-    A folder in a dataset repository of the Hugging Face Hub.
-
-    :param address: ``hf://user/repository/folder``
-    :param token: default: that of ``HF_TOKEN`` or ``hf auth login``
-    """
+    """A folder in a dataset repository of the Hub. Default token: ``HF_TOKEN``, else that of ``hf auth login``."""
 
     workers = 8
 
@@ -149,19 +116,20 @@ class HubRemote(Remote):
         except ImportError as error:
             raise ImportError("hf:// needs the Hub's client: pip install 'sb3-ext[hub]'") from error
         user, repository, *folder = address.removeprefix("hf://").split("/")
-        self._repository, self._folder = f"{user}/{repository}", "/".join(folder)
+        self._repository, self._prefix = f"{user}/{repository}", "".join(f"{part}/" for part in folder)
         self._api: Any = HfApi(token=token)
         self._place = {"repo_id": self._repository, "repo_type": "dataset"}
-
-    def _path(self, name: str) -> str:
-        return f"{self._folder}/{name}" if self._folder else name
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
         """Say what is wrong in one sentence, and how to mend it."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        # of the library, and of its HTTP client, which differs with the version
+        errors: tuple[type[BaseException], ...] = (OSError, RuntimeError, *HfHubHTTPError.__bases__)
         try:
             yield
-        except _hub_errors() as error:
+        except errors as error:
             chain: list[BaseException] = [error]  # the library wraps what the server answered
             while chain[-1].__cause__ is not None:
                 chain.append(chain[-1].__cause__)
@@ -195,35 +163,25 @@ class HubRemote(Remote):
 
     def names(self) -> set[str]:
         """List the folder."""
-        try:
+        with suppress(NotPublished):
             return set(self._sizes(self._revision))
-        except NotPublished:
-            return set()
+        return set()
 
     def _sizes(self, revision: str) -> dict[str, int]:
         from huggingface_hub.hf_api import RepoFile
 
         with self._errors("listing"):
-            tree = self._api.list_repo_tree(
-                path_in_repo=self._folder or None, recursive=True, revision=revision, **self._place
-            )
-            return {
-                entry.path.removeprefix(self._folder).lstrip("/"): entry.size
-                for entry in tree
-                if isinstance(entry, RepoFile)
-            }
+            folder = self._prefix.rstrip("/") or None
+            tree = self._api.list_repo_tree(path_in_repo=folder, recursive=True, revision=revision, **self._place)
+            return {file.path.removeprefix(self._prefix): file.size for file in tree if isinstance(file, RepoFile)}
 
     def fetch(self, name: str, folder: Path) -> Path:
         """Fetch with the library's own client, which goes on in the middle of a large file."""
-        revision = self._revision
+        at = {"filename": self._prefix + name, "revision": self._revision, **self._place}
         # the client stumbles over notes that a kill or a full disk cut short; it goes on without them
-        notes = folder / ".cache" / "huggingface" / "download" / f"{self._path(name)}.metadata"
-        notes.unlink(missing_ok=True)
+        Path(folder, ".cache/huggingface/download", f"{self._prefix}{name}.metadata").unlink(missing_ok=True)
         with self._errors(name):
-            path = self._api.hf_hub_download(
-                filename=self._path(name), revision=revision, local_dir=folder, **self._place
-            )
-        return Path(path)
+            return Path(self._api.hf_hub_download(local_dir=folder, **at))
 
     def send(self, files: Mapping[str, Path], dataset_id: str) -> None:
         """Publish in one commit, so that nobody sees half a dataset, and look whether all of it is there."""
@@ -234,15 +192,11 @@ class HubRemote(Remote):
         self.__dict__.pop("_revision", None)  # the repository may be new
         old = {n for n in self.names() if n.startswith("data/")}
         with TemporaryDirectory() as folder, self._errors("publishing"):
-            operations: list[Any] = [CommitOperationDelete(self._path(n)) for n in sorted(old - set(files))]
-            operations += [CommitOperationAdd(self._path(n), path) for n, path in files.items()]
+            operations: list[Any] = [CommitOperationDelete(self._prefix + n) for n in sorted(old - set(files))]
+            operations += [CommitOperationAdd(self._prefix + n, path) for n, path in files.items()]
             operations += [CommitOperationAdd(n, data) for n, data in self._index(dataset_id, Path(folder)).items()]
-            commit = self._api.create_commit(
-                operations=operations,
-                commit_message=f"Publish {dataset_id}",
-                parent_commit=self._revision,
-                **self._place,
-            )
+            about = {"commit_message": f"Publish {dataset_id}", "parent_commit": self._revision, **self._place}
+            commit = self._api.create_commit(operations=operations, **about)
         found = self._sizes(commit.oid)
         lost = [n for n, path in files.items() if found.get(n) != path.stat().st_size]
         if lost:
@@ -271,12 +225,7 @@ class HubRemote(Remote):
 
 
 class CloudRemote(Remote):
-    """
-    A folder in a bucket of Google Cloud Storage, through Minari's client.
-
-    :param address: ``gs://bucket/folder``
-    :param token: path of a service account's key file; None: anonymous
-    """
+    """A folder in a bucket of Google Cloud Storage; the token is the path of an account's key file, None: anonymous."""
 
     workers = 8
 
@@ -284,12 +233,12 @@ class CloudRemote(Remote):
         super().__init__(address)
         from minari.storage.remotes import get_cloud_storage
 
-        bucket, _, self._folder = address.removeprefix("gs://").partition("/")
+        bucket, _, folder = address.removeprefix("gs://").partition("/")
         try:
             storage: Any = get_cloud_storage(f"gcp://{bucket}", token)
         except ImportError as error:
             raise ImportError("gs:// needs Google's client: pip install 'minari[gcs]'") from error
-        self._bucket = storage.bucket
+        self._bucket, self._prefix = storage.bucket, f"{folder}/"
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -309,19 +258,16 @@ class CloudRemote(Remote):
 
     def names(self) -> set[str]:
         """List the folder."""
-        start = f"{self._folder}/"
-        try:
-            with self._errors("listing"):
-                return {blob.name.removeprefix(start) for blob in self._bucket.list_blobs(prefix=start)}
-        except NotPublished:
-            return set()
+        with suppress(NotPublished), self._errors("listing"):
+            return {blob.name.removeprefix(self._prefix) for blob in self._bucket.list_blobs(prefix=self._prefix)}
+        return set()
 
     def fetch(self, name: str, folder: Path) -> Path:
         """Download a file."""
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._errors(name):
-            self._bucket.blob(f"{self._folder}/{name}").download_to_filename(target)
+            self._bucket.blob(self._prefix + name).download_to_filename(target)
         return target
 
     def send(self, files: Mapping[str, Path], dataset_id: str) -> None:
@@ -329,21 +275,13 @@ class CloudRemote(Remote):
         old = self.names()
         with self._errors("publishing"):
             for name in sorted(old & {MANIFEST}) + sorted(old - set(files)):
-                self._bucket.blob(f"{self._folder}/{name}").delete()
+                self._bucket.blob(self._prefix + name).delete()
             for name in sorted(files, key=lambda name: name == MANIFEST):
-                self._bucket.blob(f"{self._folder}/{name}").upload_from_filename(files[name])
+                self._bucket.blob(self._prefix + name).upload_from_filename(files[name])
 
 
 def open_remote(address: str | os.PathLike[str], token: str | None = None) -> Remote:
-    """
-    Choose the client for an address.
-
-    :param address: ``hf://user/repository/folder``, ``gs://bucket/folder``, ``file:///folder`` or a folder's path
-    :param token: see the clients
-    :return: the client; nothing is connected yet
-    :raises DatasetError: if the address is none of these
-    :raises ImportError: if the client's library is missing
-    """
+    """Choose the client for an ``hf://``, ``gs://`` or ``file://`` address or a path; nothing is connected yet."""
     text = os.fspath(address).rstrip("/")
     scheme, sign, rest = text.partition("://")
     parts = rest.split("/")

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,12 @@ from numpy.typing import NDArray
 
 from sb3_ext.data.checks import DatasetError
 from sb3_ext.data.dqn_replay.engines import ENGINES, run_jobs
-from sb3_ext.data.dqn_replay.log import FINISHED, STORES, StoreReader, read_store, store_name
+from sb3_ext.data.dqn_replay.log import FINISHED, StoreReader, read_store, store_name
 from sb3_ext.data.dqn_replay.plan import SUBSETS, Plan, make_plan
 from sb3_ext.data.envs import make_atari_env
 from sb3_ext.data.folders import ensure_namespace, full_disk, lock_folder
 from sb3_ext.data.write import check_new_id, plain_spec, requirements, return_statistics
-from sb3_ext.files import (
-    atomic_path,
-    make_folder,
-    remove_leftovers,
-    replace_folder,
-    sync,
-    sync_tree,
-    work_folder,
-    write_file,
-)
+from sb3_ext.files import atomic_path, remove_leftovers, replace_folder, sync, sync_tree, work_folder, write_file
 
 _FORMAT = 1
 _CHUNK = 512
@@ -53,19 +45,15 @@ class _Job:
     verify: bool
 
 
-def _frames(rows: int, shape: tuple[int, ...], ended: bool) -> NDArray[np.uint8]:
-    """Room for an episode's frames, and for what its last step led to if the log does not hold that."""
-    return np.empty((rows + ended, *shape), np.uint8)
-
-
 def _write_episode(
     folder: Path, number: int, frames: NDArray[np.uint8], actions: NDArray[Any], rewards: NDArray[Any], ended: bool
-) -> float:
+) -> None:
     """
-    Write one episode as Minari's Arrow storage does, but compressed (zstd); return its return.
+    Write one episode as Minari's Arrow storage does, but compressed (zstd).
 
-    ``frames`` are those of :func:`_frames`. They are not copied: the longest episodes have 190 MB of them. Nothing is
-    flushed to the disk: :func:`_flush` does that for many episodes, which is faster.
+    If the episode ``ended``, the last of the ``frames`` is room for what its last step led to. They are not copied: the
+    longest episodes have 190 MB of them. Nothing is flushed to the disk: :func:`_flush` does that for many episodes,
+    which is faster.
     """
     import pyarrow as pa  # here, because it takes a second
 
@@ -96,13 +84,10 @@ def _write_episode(
         pa.ipc.new_file(sink, batch.schema, options=options) as writer,
     ):
         writer.write_batch(batch)
-    total = float(rewards.sum(dtype=np.float64))
-    facts = {"id": number, "total_steps": steps, **{f"rewards_{k}": getattr(rewards, k)().item() for k in _FACTS}}
-    write_file(target / "metadata.json", json.dumps(facts | {"rewards_sum": total}).encode(), flush=False)
-    return total
-
-
-_FACTS = ("mean", "std", "min", "max")
+    facts: dict[str, Any] = {"id": number, "total_steps": steps}
+    facts |= {f"rewards_{k}": getattr(rewards, k)().item() for k in ("mean", "std", "min", "max")}
+    facts["rewards_sum"] = float(rewards.sum(dtype=np.float64))
+    write_file(target / "metadata.json", json.dumps(facts).encode(), flush=False)
 
 
 def _flush(data: Path, episodes: Iterable[int]) -> None:
@@ -113,12 +98,11 @@ def _flush(data: Path, episodes: Iterable[int]) -> None:
 
 
 def _check_small(job: _Job, actions: NDArray[Any], rewards: NDArray[Any]) -> None:
-    bad_action = (actions < 0) | (actions >= job.n_actions)
+    rows = np.concatenate([np.arange(s.start, s.stop) for s in job.plan.segments[job.suffix]])
     for store, bad, what in (
-        ("action", bad_action, f"outside 0 to {job.n_actions - 1}"),
+        ("action", (actions < 0) | (actions >= job.n_actions), f"outside 0 to {job.n_actions - 1}"),
         ("reward", ~np.isfinite(rewards), "not a number"),
     ):
-        rows = np.concatenate([np.arange(s.start, s.stop) for s in job.plan.segments[job.suffix]])
         if bad[rows].any():
             row = int(rows[bad[rows]][0])
             raise DatasetError(f"{job.plan.folder / store_name(store, job.suffix)}, row {row}: {store} {what}.")
@@ -134,47 +118,37 @@ def _convert_file(job: _Job) -> None:
     actions = read_store(plan.folder, "action", suffix, job.verify, needed)
     rewards = read_store(plan.folder, "reward", suffix, job.verify, needed)
     _check_small(job, actions, rewards)
-    path = plan.folder / store_name("observation", suffix)
-    reader = StoreReader(path, STORES["observation"], 3)
-    returns: dict[int, float] = {}
-    try:
+    with closing(StoreReader(plan.folder, "observation", suffix)) as reader:
         if reader.shape[1:] != job.shape:
-            raise DatasetError(f"{path}: frames of {reader.shape[1:]}, the environment shows {job.shape}.")
-        position, chunk, base = 0, np.empty((0, *job.shape), np.uint8), 0
+            raise DatasetError(f"{reader.path}: frames of {reader.shape[1:]}, the environment shows {job.shape}.")
+        base, chunk = 0, np.empty((0, *job.shape), np.uint8)
         for segment in plan.segments[suffix]:
             ended = segment.parts == 1 and bool(plan.terminated[segment.episode])
-            frames = _frames(segment.stop - segment.start, job.shape, ended)
+            frames = np.empty((segment.stop - segment.start + ended, *job.shape), np.uint8)
             row = segment.start
             while row < segment.stop:
                 while row >= base + len(chunk):
-                    base, n = position, min(_CHUNK, reader.rows - position)
-                    chunk = reader.read(n)
-                    position += n
-                    _check_padding(plan, suffix, path, base, chunk)
+                    base += len(chunk)
+                    chunk = reader.read(min(_CHUNK, reader.rows - base))
+                    _check_padding(plan.padding[suffix], reader.path, base, chunk)
                 stop = min(segment.stop, base + len(chunk))
                 frames[row - segment.start : stop - segment.start] = chunk[row - base : stop - base]
                 row = stop
             span = slice(segment.start, segment.stop)
             if segment.parts == 1:
-                returns[segment.episode] = _write_episode(
-                    job.work / "data", segment.episode, frames, actions[span], rewards[span], ended
-                )
+                _write_episode(job.work / "data", segment.episode, frames, actions[span], rewards[span], ended)
             else:
                 with atomic_path(job.work / f"part-{segment.episode}-{segment.part}.npz") as part:
                     np.savez(part, frames=frames, actions=actions[span], rewards=rewards[span])
         if job.verify:
             reader.finish()
-            invalid = plan.folder / store_name("invalid_range", suffix)
-            if invalid.exists():
+            if (plan.folder / store_name("invalid_range", suffix)).exists():
                 read_store(plan.folder, "invalid_range", suffix, True)
-    finally:
-        reader.close()
-    _flush(job.work / "data", returns)
-    write_file(done, json.dumps(returns).encode())
+    _flush(job.work / "data", (segment.episode for segment in plan.segments[suffix] if segment.parts == 1))
+    write_file(done, b"")
 
 
-def _check_padding(plan: Plan, suffix: int, path: Path, base: int, chunk: NDArray[np.uint8]) -> None:
-    rows = plan.padding[suffix]
+def _check_padding(rows: NDArray[np.int64], path: Path, base: int, chunk: NDArray[np.uint8]) -> None:
     rows = rows[(rows >= base) & (rows < base + len(chunk))]
     filled = chunk[rows - base].any(axis=(1, 2))
     if filled.any():
@@ -184,23 +158,25 @@ def _check_padding(plan: Plan, suffix: int, path: Path, base: int, chunk: NDArra
         )
 
 
-def _join(plan: Plan, work: Path, shape: tuple[int, int]) -> dict[int, float]:
+def _join(plan: Plan, work: Path, shape: tuple[int, int]) -> None:
     """Write the episodes that run across files."""
+    done = work / "joined.json"
+    if done.exists():
+        return
     several = {s.episode: s.parts for found in plan.segments.values() for s in found if s.parts > 1}
-    returns = {}
     for number, parts in sorted(several.items()):
         loaded = [np.load(work / f"part-{number}-{k}.npz", allow_pickle=False) for k in range(parts)]
         actions, rewards = (np.concatenate([part[name] for part in loaded]) for name in ("actions", "rewards"))
         ended, row = bool(plan.terminated[number]), 0
-        frames = _frames(len(actions), shape, ended)
+        frames = np.empty((len(actions) + ended, *shape), np.uint8)
         for part in loaded:
             rows = len(part["actions"])
             frames[row : row + rows] = part["frames"]
             row += rows
             part.close()
-        returns[number] = _write_episode(work / "data", number, frames, actions, rewards, ended)
-    _flush(work / "data", returns)
-    return returns
+        _write_episode(work / "data", number, frames, actions, rewards, ended)
+    _flush(work / "data", several)
+    write_file(done, b"")
 
 
 def _digest(plan: Plan, options: dict[str, Any]) -> str:
@@ -293,58 +269,28 @@ def convert_dqn_replay(
         lock_folder(final, f"Another process is converting to {dataset_id}."),
         full_disk(final.parent, _expected_bytes(plan)),
     ):
-        _work(plan, work, digest, env, verify, workers, engine, say)
-        facts = _facts(plan, game, run, options, digest, dataset_id, env, work)
-        _finish(work, final, namespace, env, facts)
+        mark = work / "plan.txt"
+        if not mark.exists() or mark.read_text() != digest:
+            shutil.rmtree(work, ignore_errors=True)
+            write_file(mark, digest.encode())
+        (work / "data").mkdir(exist_ok=True)
+        remove_leftovers(work, age=0, deep=True)
+        n_actions, (height, width) = int(env.action_space.n), env.observation_space.shape or (0, 0)
+        jobs = [_Job(plan, s, work, n_actions, (height, width), verify) for s in sorted(plan.segments)]
+        for job in run_jobs(_convert_file, jobs, workers, engine):
+            say(f"file {job.suffix} is done")
+        _join(plan, work, (height, width))
+        _finish(work, final, namespace, env, _facts(plan, options, digest, env, work))
     return minari.load_dataset(dataset_id)
 
 
-def _work(
-    plan: Plan,
-    work: Path,
-    digest: str,
-    env: gym.Env[Any, Any],
-    verify: bool,
-    workers: int,
-    engine: str,
-    say: Callable[[str], None],
-) -> None:
-    mark = work / "plan.txt"
-    if not mark.exists() or mark.read_text() != digest:
-        shutil.rmtree(work, ignore_errors=True)
-        make_folder(work / "data")
-        write_file(mark, digest.encode())
-    remove_leftovers(work, age=0, deep=True)
-    assert isinstance(env.action_space, spaces.Discrete)
-    height, width = env.observation_space.shape or (0, 0)
-    jobs = [_Job(plan, s, work, int(env.action_space.n), (height, width), verify) for s in sorted(plan.segments)]
-    for job in run_jobs(_convert_file, jobs, workers, engine):
-        say(f"file {job.suffix} is done")
-    write_file(work / "joined.json", json.dumps(_join(plan, work, (height, width))).encode())
-
-
-def _facts(
-    plan: Plan,
-    game: str,
-    run: int,
-    options: dict[str, Any],
-    digest: str,
-    dataset_id: str,
-    env: gym.Env[Any, Any],
-    work: Path,
-) -> dict[str, Any]:
-    returns: dict[int, float] = {}
-    for path in (*work.glob("done-*.json"), work / "joined.json"):
-        returns |= {int(k): v for k, v in json.loads(path.read_text()).items()}
-    lengths, low, high = [], np.inf, -np.inf
-    for number in range(len(plan.terminated)):
-        episode = json.loads((work / "data" / str(number) / "metadata.json").read_text())
-        lengths.append(episode["total_steps"])
-        low, high = min(low, episode["rewards_min"]), max(high, episode["rewards_max"])
-    limit = [k for k, n in enumerate(lengths) if n == 27_000 and plan.terminated[k]]
-    clipped = bool(low >= -1 and high <= 1)
+def _facts(plan: Plan, options: dict[str, Any], digest: str, env: gym.Env[Any, Any], work: Path) -> dict[str, Any]:
+    folders = (work / "data" / str(number) for number in range(len(plan.terminated)))
+    episodes = [json.loads((folder / "metadata.json").read_text()) for folder in folders]
+    lengths = [episode["total_steps"] for episode in episodes]
+    clipped = all(episode["rewards_min"] >= -1 and episode["rewards_max"] <= 1 for episode in episodes)
     return {
-        "dataset_id": dataset_id,
+        "dataset_id": options["id"],
         "minari_version": minari.__version__,
         "total_episodes": len(lengths),
         "total_steps": sum(lengths),
@@ -352,18 +298,18 @@ def _facts(
         "author": {"Agarwal et al. (DQN Replay Dataset), or whoever made the log"},
         "author_email": {"none"},
         "code_permalink": "none",
-        "description": f"Replay log of {game}, run {run}, converted from Dopamine's format; "
+        "description": f"Replay log of {options['game']}, run {options['run']}, converted from Dopamine's format; "
         f"{'everything' if options['subset'] is None else options['subset'] + ' ' + format(options['fraction'], 'g')}."
         + (" All rewards are within [-1, 1]: the DQN Replay Dataset clips them." if clipped else ""),
         "requirements": requirements(env),
         "eval_env_spec": plain_spec(env).to_json(),
-        "behaviour_return": return_statistics([returns[k] for k in range(len(lengths))]),
+        "behaviour_return": return_statistics([episode["rewards_sum"] for episode in episodes]),
         "conversion": digest,
         "source": {k: options[k] for k in ("game", "run", "subset", "fraction", "seed")},
         "source_verified": options["verify"],
         "rewards_clipped": clipped,
         "steps_dropped": plan.steps_dropped,
-        "ends_at_step_limit": limit,
+        "ends_at_step_limit": [k for k, n in enumerate(lengths) if n == 27_000 and plan.terminated[k]],
         "notes": plan.notes,
     }
 
@@ -373,23 +319,16 @@ def _finish(work: Path, final: Path, namespace: str | None, env: gym.Env[Any, An
     data = work / "data"
     (data / "metadata.json").unlink(missing_ok=True)
     size = sum(f.stat().st_size for f in data.rglob("*") if f.is_file())
-    storage = MinariStorage.new(
-        data,
-        observation_space=env.observation_space,
-        action_space=env.action_space,
-        env_spec=plain_spec(env),
-        data_format="arrow",
-        jpeg_encoding=False,
-    )
+    spec = plain_spec(env)
+    storage = MinariStorage.new(data, env.observation_space, env.action_space, spec, "arrow", jpeg_encoding=False)
     storage.update_metadata({**facts, "dataset_size": round(size / 1e6, 1)})
     ensure_namespace(namespace)
     sync(data / "metadata.json")
     sync(data)
     # a file that counts as done needs its parts, and all of them need the plan
-    left, order = set(work.iterdir()) - {data}, {".json": 0, ".npz": 1, ".txt": 2}
-    for step in sorted(set(order.values())):
-        for path in left:
-            if order.get(path.suffix, 0) == step:
+    for kept in ((".npz", ".txt"), (".txt",), ()):
+        for path in set(work.iterdir()) - {data}:
+            if path.suffix not in kept:
                 path.unlink()
         sync(work)
     replace_folder(work, final, synced=True)

@@ -12,20 +12,13 @@ Job = TypeVar("Job")
 ENGINES = ("processes", "ray")
 
 
-def run_jobs(
-    function: Callable[[Job], None], jobs: Sequence[Job], workers: int = 1, engine: str = "processes"
-) -> Iterator[Job]:
+def run_jobs(function: Callable[[Job], None], jobs: Sequence[Job], workers: int, engine: str) -> Iterator[Job]:
     """
-    Run a function on jobs, several at a time; the first error ends it.
+    Run a function of a module on jobs, several at a time, and yield each when it is done; the first error ends it.
 
-    :param function: of a module, so that other processes can import it
-    :param jobs: what it is called with
-    :param workers: how many at a time
-    :param engine: ``"processes"``: on this machine, with one worker in this process; ``"ray"``: as Ray tasks, on the
-        cluster that ``ray.init`` was called for or ``RAY_ADDRESS`` names, else on a Ray of ``workers`` processors that
-        is started here and shut down at the end
-    :return: each job when it is done
-    :raises ImportError: if Ray is asked for and not installed
+    ``"processes"`` are on this machine; one worker works in this process. ``"ray"`` runs Ray tasks, on the cluster that
+    ``ray.init`` was called for or ``RAY_ADDRESS`` names, else on a Ray of ``workers`` processors that is started here
+    and shut down at the end.
     """
     if engine == "ray":
         yield from _run_with_ray(function, jobs, workers)
@@ -46,7 +39,8 @@ def _run_with_ray(function: Callable[[Job], None], jobs: Sequence[Job], workers:
         raise ImportError('The engine "ray" needs: pip install "sb3-ext[ray]"') from error
     started = not ray.is_initialized()
     if started:
-        _start(ray, workers)
+        own: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(log_to_driver=False, **own)
     try:
         task = ray.remote(num_cpus=1, max_retries=0)(function)
         waiting = list(jobs)
@@ -64,10 +58,3 @@ def _run_with_ray(function: Callable[[Job], None], jobs: Sequence[Job], workers:
     finally:
         if started:
             ray.shutdown()
-
-
-def _start(ray: Any, workers: int) -> None:
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
-    else:
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)

@@ -7,7 +7,7 @@ import os
 import tokenize
 import warnings
 import zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, BinaryIO, SupportsFloat, cast
 
@@ -30,28 +30,21 @@ _CHUNK = 1 << 20
 
 
 def store_name(store: str, suffix: int) -> str:
-    """
-    File name of one array.
-
-    :param store: one of :data:`STORES`, ``add_count`` or ``invalid_range``
-    :param suffix: number of the file
-    :return: the name
-    """
+    """File name of one array: of :data:`STORES`, ``add_count`` or ``invalid_range``, in the file of that number."""
     return f"{f'$store$_{store}' if store in STORES else store}_ckpt.{suffix}.gz"
 
 
 class StoreReader:
     """
-    Read one gzipped ``.npy`` row by row, without ever holding it whole. Nothing is unpickled.
+    Read one array, a gzipped ``.npy``, row by row, without ever holding it whole. Nothing is unpickled.
 
-    :param path: the file
-    :param dtype: type its elements must have; None accepts any integer
-    :param dimensions: number of dimensions it must have
-    :raises DatasetError: if the file is missing, damaged, or holds something else
+    Its number of dimensions and its type are those of the format; what is not of :data:`STORES` may be any integers.
+    A :class:`DatasetError` names a file that is missing, damaged, or holds something else.
     """
 
-    def __init__(self, path: Path, dtype: Any, dimensions: int) -> None:
-        self.path = path
+    def __init__(self, folder: Path, store: str, suffix: int) -> None:
+        self.path = path = folder / store_name(store, suffix)
+        dtype, dimensions = STORES.get(store), {"add_count": 0, "observation": 3}.get(store, 1)
         try:
             self._file = cast(BinaryIO, gzip.open(path, "rb"))  # noqa: SIM115
             version = np.lib.format.read_magic(self._file)
@@ -75,9 +68,9 @@ class StoreReader:
             )
         self.rows = self.shape[0] if self.shape else 1
         self._row_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        self._position = 0
+        self._left = self.rows * self._row_bytes
         # deflate shrinks by 1032 at most; a damaged header must not ask for any amount of memory
-        if self.rows * self._row_bytes > 1040 * path.stat().st_size:
+        if self._left > 1040 * path.stat().st_size:
             raise self._damaged(ValueError(f"{self.shape} cannot be in a file this small"))
 
     def _damaged(self, error: BaseException) -> DatasetError:
@@ -86,41 +79,25 @@ class StoreReader:
             f"{self.path} is damaged or cut short ({type(error).__name__}: {reason}). Copy the file again."
         )
 
-    def _read(self, size: int) -> bytes:
+    def _read(self, size: int, at_end: bool = False) -> bytes:
         try:
             data = self._file.read(size)
         except (OSError, EOFError, zlib.error) as error:
             raise self._damaged(error) from error
-        if len(data) != size:
+        if len(data) != size and not at_end:
             raise self._damaged(EOFError(f"{size - len(data)} bytes are missing"))
+        self._left -= len(data)
         return data
 
     def read(self, n: int) -> NDArray[Any]:
-        """
-        Read the next rows.
-
-        :param n: how many
-        :return: ``[n, *shape[1:]]``, read-only
-        :raises DatasetError: if the file is damaged
-        """
-        data = self._read(n * self._row_bytes)
-        self._position += n
-        return np.frombuffer(data, self.dtype).reshape(n, *self.shape[1:])
+        """Read the next ``n`` rows, ``[n, *shape[1:]]``, read-only."""
+        return np.frombuffer(self._read(n * self._row_bytes), self.dtype).reshape(n, *self.shape[1:])
 
     def finish(self) -> None:
-        """
-        Read to the end, where gzip keeps the checksum of everything.
-
-        :raises DatasetError: if it does not fit, or anything follows the array
-        """
-        left = (self.rows - self._position) * self._row_bytes
-        while left:
-            left -= len(self._read(min(left, _CHUNK)))
-        try:
-            more = self._file.read(1)
-        except (OSError, EOFError, zlib.error) as error:
-            raise self._damaged(error) from error
-        if more:
+        """Read to the end, where gzip keeps the checksum of everything; nothing may follow the array."""
+        while self._left:
+            self._read(min(self._left, _CHUNK))
+        if self._read(1, at_end=True):
             raise self._damaged(ValueError("bytes follow the array"))
 
     def close(self) -> None:
@@ -129,27 +106,12 @@ class StoreReader:
 
 
 def read_store(folder: Path, store: str, suffix: int, verify: bool, rows: int | None = None) -> NDArray[Any]:
-    """
-    Read a small array.
-
-    :param folder: ``replay_logs``
-    :param store: name of the array
-    :param suffix: number of the file
-    :param verify: whether to read on to the checksum
-    :param rows: how many rows are needed; default all
-    :return: the array
-    :raises DatasetError: if it is missing, damaged, or of the wrong kind
-    """
-    dimensions = {"add_count": 0, "observation": 3}.get(store, 1)
-    reader = StoreReader(folder / store_name(store, suffix), STORES.get(store), dimensions)
-    try:
+    """Read a small array, or its first ``rows``; if ``verify``, read on to the checksum."""
+    with closing(StoreReader(folder, store, suffix)) as reader:
         array = reader.read(reader.rows if rows is None else min(rows, reader.rows))
-        array = array.reshape(reader.shape) if dimensions == 0 else array
         if verify:
             reader.finish()
-    finally:
-        reader.close()
-    return array
+    return array if reader.shape else array.reshape(())
 
 
 class _Writer:
@@ -157,9 +119,9 @@ class _Writer:
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any, level: int) -> None:
         self._place = ExitStack()
-        self._raw = self._place.enter_context(atomic_path(path)).open("wb")
+        raw = self._place.enter_context(self._place.enter_context(atomic_path(path)).open("wb"))
         # no name and no time in the header: the same steps give the same bytes
-        self._file = gzip.GzipFile("", "wb", level, self._raw, mtime=0)
+        self._file = self._place.enter_context(gzip.GzipFile("", "wb", level, raw, mtime=0))
         header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(cast(Any, self._file), header)
 
@@ -167,8 +129,6 @@ class _Writer:
         self._file.write(data)
 
     def finish(self) -> None:
-        self._file.close()
-        self._raw.close()
         self._place.close()
 
 
@@ -198,23 +158,18 @@ class ReplayLog:
         if any(self.folder.glob(FINISHED)):
             raise ValueError(f"{self.folder} holds a log already; choose another run.")
         remove_leftovers(self.folder, age=0)
-        self._empty = {
-            "observation": bytes(shape[0] * shape[1]),
-            "action": bytes(4),
-            "reward": bytes(4),
-            "terminal": bytes(1),
-        }
-        self._link = self._empty
+        self._shapes = {store: shape if store == "observation" else () for store in STORES}
+        self._link = self._empty = {s: np.zeros(self._shapes[s], dtype).tobytes() for s, dtype in STORES.items()}
         self._added = self._suffix = self._row = 0
         self._starts, self._closed = True, False
         self._open()
 
     def _open(self) -> None:
-        shapes = {store: (self.capacity, *(self.shape if store == "observation" else ())) for store in STORES}
-        self._files = {
-            store: _Writer(self.folder / store_name(store, self._suffix), shapes[store], dtype, self._level)
-            for store, dtype in STORES.items()
-        }
+        shapes = {store: (self.capacity, *shape) for store, shape in self._shapes.items()}
+        self._files = {store: self._writer(store, shapes[store], dtype) for store, dtype in STORES.items()}
+
+    def _writer(self, store: str, shape: tuple[int, ...], dtype: Any) -> _Writer:
+        return _Writer(self.folder / store_name(store, self._suffix), shape, dtype, self._level)
 
     def _append(self, row: dict[str, bytes]) -> None:
         self._added += 1
@@ -234,10 +189,9 @@ class ReplayLog:
             self._files[store].write(data)
         for file in self._files.values():
             file.finish()
-        cursor = self._row
-        invalid = np.array([(cursor + k) % self.capacity for k in range(-1, PADDING + 1)], np.int64)
+        invalid = np.array([(self._row + k) % self.capacity for k in range(-1, PADDING + 1)], np.int64)
         for store, value in (("add_count", np.array(add_count)), ("invalid_range", invalid)):
-            file = _Writer(self.folder / store_name(store, self._suffix), value.shape, value.dtype, self._level)
+            file = self._writer(store, value.shape, value.dtype)
             file.write(value.tobytes())
             file.finish()
 
@@ -258,13 +212,8 @@ class ReplayLog:
         if self._starts:
             for _ in range(PADDING):
                 self._append(self._empty)
-        row = {
-            "observation": observation.tobytes(),
-            "action": np.int32(action).tobytes(),
-            "reward": np.float32(reward).tobytes(),
-            "terminal": np.uint8(terminal).tobytes(),
-        }
-        self._append(row)
+        values = {"observation": observation, "action": action, "reward": reward, "terminal": terminal}
+        self._append({store: np.asarray(values[store], dtype).tobytes() for store, dtype in STORES.items()})
         self._starts = terminal
 
     def close(self) -> None:
@@ -274,25 +223,17 @@ class ReplayLog:
         self._closed = True
         # a full file has just been written: its last row still waits to be the link of the next
         new = 0 if self._row == self.capacity - 1 else self._row
-        rest = self.capacity - 1 - new
-        if self._suffix == 0:
-            for store, file in self._files.items():
-                for _ in range(rest):
+        rows = self.capacity - 1
+        for store, file in self._files.items():
+            if self._suffix == 0:
+                for _ in range(rows - new):
                     file.write(self._empty[store])
-        else:
-            for store, file in self._files.items():
-                dimensions = 3 if store == "observation" else 1
-                reader = StoreReader(self.folder / store_name(store, self._suffix - 1), STORES[store], dimensions)
-                for n in _pieces(new):
-                    reader.read(n)
-                for n in _pieces(rest):
-                    file.write(reader.read(n).tobytes())
-                reader.close()
+                continue
+            with closing(StoreReader(self.folder, store, self._suffix - 1)) as reader:
+                for start in range(0, rows, 1024):
+                    before = reader.read(min(1024, rows - start))
+                    file.write(before[max(new - start, 0) :].tobytes())
         self._finish(self._row)
-
-
-def _pieces(rows: int, size: int = 1024) -> list[int]:
-    return [min(size, rows - k) for k in range(0, rows, size)]
 
 
 class ReplayLogger(gym.Wrapper[Any, Any, Any, Any]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -27,15 +28,7 @@ _NO_LAST_FILE = {
 
 @dataclass(frozen=True)
 class Segment:
-    """
-    Rows of one file that belong to one episode.
-
-    :param episode: number of the episode in the dataset
-    :param part: position among the episode's segments
-    :param parts: how many those are
-    :param start: first row
-    :param stop: row after the last one
-    """
+    """Rows ``start`` to ``stop`` of one file, which are part ``part`` of the ``parts`` of an episode of the dataset."""
 
     episode: int
     part: int
@@ -49,7 +42,6 @@ class Plan:
     """
     What to read from each file, and what to make of it.
 
-    :param folder: ``replay_logs``
     :param capacity: rows per file
     :param segments: by file, in the order of rows
     :param padding: rows before the last one read that must be empty, by file
@@ -72,13 +64,9 @@ class Plan:
 class _Run:
     """Files that follow each other without a gap: their rows in the order of time."""
 
-    chunks: list[tuple[int, int, int]]  # file, first row, row after the last
+    chunks: list[tuple[int, int, int, int]]  # file, first row, row after the last, rows of the run before these
     terminals: NDArray[np.uint8]
     fresh: bool
-
-    @property
-    def offsets(self) -> NDArray[np.int64]:
-        return np.cumsum([0] + [stop - start for _, start, stop in self.chunks])
 
 
 _Piece: TypeAlias = tuple[_Run, int, int, bool]
@@ -86,13 +74,7 @@ _Piece: TypeAlias = tuple[_Run, int, int, bool]
 
 
 def find_files(folder: Path) -> list[int]:
-    """
-    List the files of a log.
-
-    :param folder: ``replay_logs``
-    :return: their numbers
-    :raises DatasetError: if there is none, or one lacks a store
-    """
+    """List the numbers of a log's files; there must be one, and none may lack a store."""
     found: dict[int, set[str]] = {}
     for path in folder.glob(FINISHED) if folder.is_dir() else ():
         match = re.fullmatch(r"(?:\$store\$_)?([a-z_]+)_ckpt\.(\d+)\.gz", path.name)
@@ -116,10 +98,9 @@ def _read_runs(folder: Path, suffixes: list[int], verify: bool) -> tuple[list[_R
     for suffix in suffixes:
         terminal = read_store(folder, "terminal", suffix, verify)
         for store in ("observation", "action", "reward"):
-            reader = StoreReader(folder / store_name(store, suffix), STORES[store], 3 if store == "observation" else 1)
-            reader.close()
-            if reader.rows != len(terminal):
-                raise DatasetError(f"{reader.path} has {reader.rows} rows, its terminal has {len(terminal)}.")
+            with closing(StoreReader(folder, store, suffix)) as reader:
+                if reader.rows != len(terminal):
+                    raise DatasetError(f"{reader.path} has {reader.rows} rows, its terminal has {len(terminal)}.")
         capacity = capacity or len(terminal)
         if len(terminal) != capacity or capacity < PADDING + 2:
             raise DatasetError(f"{folder}: file {suffix} has {len(terminal)} rows, the first one has {capacity}.")
@@ -139,10 +120,11 @@ def _read_runs(folder: Path, suffixes: list[int], verify: bool) -> tuple[list[_R
         if not follows and runs:
             notes.append(f"a gap before file {suffix}: the episodes beside it are cut")
         if follows:
-            runs[-1].chunks += [(suffix, capacity - 1, capacity), (suffix, 0, new)]
+            n = len(runs[-1].terminals)
+            runs[-1].chunks += [(suffix, capacity - 1, capacity, n), (suffix, 0, new, n + 1)]
             runs[-1].terminals = np.concatenate([runs[-1].terminals, terminal[-1:], terminal[:new]])
         else:
-            runs.append(_Run([(suffix, 0, new)], terminal[:new], added < capacity and suffix == 0))
+            runs.append(_Run([(suffix, 0, new, 0)], terminal[:new], added < capacity and suffix == 0))
         before = (suffix, added)
     return runs, capacity, notes
 
@@ -151,38 +133,26 @@ def _leading_padding(run: _Run, folder: Path) -> int:
     """Empty rows at the start of a run whose beginning is unknown."""
     suffix, count = run.chunks[0][0], min(PADDING, len(run.terminals))
     empty = np.ones(count, bool)
-    for store, dtype in STORES.items():
-        reader = StoreReader(folder / store_name(store, suffix), dtype, 3 if store == "observation" else 1)
-        empty &= ~reader.read(count).reshape(count, -1).any(axis=1)
-        reader.close()
+    for store in STORES:
+        with closing(StoreReader(folder, store, suffix)) as reader:
+            empty &= ~reader.read(count).reshape(count, -1).any(axis=1)
     return count if empty.all() else int(np.argmin(empty))
 
 
 def _selected(run: _Run, subset: str | None, fraction: float, capacity: int, budget: int) -> NDArray[np.int64]:
     """Intervals of a run's rows that are wanted, ``[n, 2]``."""
-    offsets = run.offsets
-    total = int(offsets[-1])
+    total = len(run.terminals)
     if subset == "author":
         n = round(fraction * capacity)
-        spans = [
-            (int(o), min(int(o) + n, int(o) + stop))
-            for (_, start, stop), o in zip(run.chunks, offsets, strict=False)
-            if start == 0
-        ]
+        spans = [(before, before + min(n, stop)) for _, start, stop, before in run.chunks if start == 0]
     elif subset == "first":
         spans = [(0, min(total, budget))]
     elif subset == "uniform":
-        starts = np.arange(0, total, WINDOW / fraction).astype(np.int64)
-        spans = [(int(s), min(int(s) + WINDOW, total)) for s in starts]
+        starts = np.arange(0, total, WINDOW / fraction).astype(np.int64).tolist()
+        spans = [(start, min(start + WINDOW, total)) for start in starts]
     else:
         spans = [(0, total)]
     return np.array([s for s in spans if s[1] > s[0]], np.int64).reshape(-1, 2)
-
-
-def _draw(lengths: NDArray[np.int64], fraction: float, seed: int) -> set[int]:
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    wanted = int(np.searchsorted(np.cumsum(lengths[order]), fraction * lengths.sum() - 1e-6)) + 1
-    return set(order[:wanted].tolist())
 
 
 def _pieces(
@@ -206,19 +176,12 @@ def _pieces(
     return out, dropped
 
 
-def make_plan(
-    folder: Path, subset: str | None = None, fraction: float = 1.0, seed: int = 0, verify: bool = True
-) -> Plan:
+def make_plan(folder: Path, subset: str | None, fraction: float, seed: int, verify: bool) -> Plan:
     """
-    Find the episodes of a log from its small files.
+    Find the episodes of a log, ``<DIR>/<Game>/<run>/replay_logs``, from its small files.
 
-    :param folder: ``<DIR>/<Game>/<run>/replay_logs``
-    :param subset: one of :data:`SUBSETS`, or None for everything
-    :param fraction: share of the rows
-    :param seed: of the draw of episodes
-    :param verify: whether to check the small files' checksums
-    :return: the plan
-    :raises DatasetError: if the log is incomplete or contradicts itself
+    The arguments are those of :func:`~sb3_ext.data.convert_dqn_replay`. A log that is incomplete or contradicts itself
+    is refused.
     """
     suffixes = find_files(folder)
     runs, capacity, notes = _read_runs(folder, suffixes, verify)
@@ -236,15 +199,15 @@ def make_plan(
         ends = np.flatnonzero(run.terminals) + 1
         starts = np.concatenate([[first], ends + PADDING])
         for begin, end in zip([0, *ends], starts, strict=True):
-            for g in range(int(begin), min(int(end), len(run.terminals))):
-                suffix, row = _place(run, g)
-                padding[suffix].append(row)
+            for suffix, low, high in _split(run, int(begin), min(int(end), len(run.terminals))):
+                padding[suffix] += range(low, high)
         found, lost = _pieces(run, starts, ends, _selected(run, subset, fraction, capacity, budget))
         pieces, dropped, budget = pieces + found, dropped + lost, budget - len(run.terminals)
     if subset == "episodes" and pieces:
         lengths = np.array([stop - start for _, start, stop, _ in pieces], np.int64)
-        chosen = _draw(lengths, fraction, seed)
-        pieces = [p for k, p in enumerate(pieces) if k in chosen]
+        order = np.random.default_rng(seed).permutation(len(lengths))
+        wanted = int(np.searchsorted(np.cumsum(lengths[order]), fraction * lengths.sum() - 1e-6)) + 1
+        pieces = [pieces[k] for k in sorted(order[:wanted].tolist())]
     if not pieces:
         raise DatasetError(f"{folder}: no step is in the subset.")
     segments: dict[int, list[Segment]] = {}
@@ -252,27 +215,17 @@ def make_plan(
         split = _split(run, start, stop)
         for part, (suffix, low, high) in enumerate(split):
             segments.setdefault(suffix, []).append(Segment(number, part, len(split), low, high))
-    for suffix in segments:
-        segments[suffix].sort(key=lambda s: s.start)
+    for of_file in segments.values():
+        of_file.sort(key=lambda s: s.start)
     empty = {s: np.array(sorted(rows), np.int64) for s, rows in padding.items()}
     return Plan(folder, capacity, segments, empty, np.array([p[3] for p in pieces]), notes, dropped)
 
 
-def _place(run: _Run, g: int) -> tuple[int, int]:
-    k = int(np.searchsorted(run.offsets, g, side="right")) - 1
-    suffix, start, _ = run.chunks[k]
-    return suffix, start + g - int(run.offsets[k])
-
-
 def _split(run: _Run, start: int, stop: int) -> list[tuple[int, int, int]]:
     """Rows ``start`` to ``stop`` of a run as file, first row, row after the last."""
-    offsets = run.offsets
     out = []
-    for k in range(int(np.searchsorted(offsets, start, side="right")) - 1, len(run.chunks)):
-        low, high = max(start, int(offsets[k])), min(stop, int(offsets[k + 1]))
-        if low >= stop:
-            break
+    for suffix, first, last, before in run.chunks:
+        low, high = max(first, first + start - before), min(last, first + stop - before)
         if high > low:
-            suffix, first, _ = run.chunks[k]
-            out.append((suffix, first + low - int(offsets[k]), first + high - int(offsets[k])))
+            out.append((suffix, low, high))
     return out

@@ -163,7 +163,6 @@ class _Session:
         self.recorder.reset(seed=self.seed + self.attempts)
         self.attempts += 1
         self.held: set[str] = set()
-        self.tapped: set[str] = set()
         self.action = self.keys.get((), next(iter(self.keys.values())))
         self.paused, self.score = True, 0.0
 
@@ -187,19 +186,16 @@ class _Session:
                 self.clock.tick(self.fps)
                 self._events(enough)
                 if not (self.paused or self.over):
-                    self._step()
+                    _, reward, terminated, truncated, _ = self.recorder.step(self._choose())
+                    self.score += float(reward)
+                    if terminated or truncated:
+                        self._start()
         except KeyboardInterrupt:
             print("Interrupted; finished episodes are kept.")
         return self.recorder.episodes
 
-    def _step(self) -> None:
-        _, reward, terminated, truncated, _ = self.recorder.step(self._choose())
-        self.score += float(reward)
-        if terminated or truncated:
-            self._start()
-
     def _events(self, enough: bool) -> None:
-        self.tapped = set()
+        self.tapped: set[str] = set()
         for event in self.pygame.event.get():
             if event.type == self.pygame.QUIT:
                 self.over = True
@@ -227,11 +223,8 @@ class _Session:
     def _choose(self) -> int:
         """Action of the largest combination that is down; without any, the no-op or the last action."""
         down = self.held | self.tapped
-        fitting = [names for names in self.keys if names and down.issuperset(names)]
-        if fitting:
-            self.action = self.keys[max(fitting, key=len)]
-        elif () in self.keys:
-            self.action = self.keys[()]
+        fitting = (names for names in self.keys if down.issuperset(names))
+        self.action = self.keys.get(max(fitting, key=len, default=()), self.action)
         return int(self.action)
 
     def _show(self, n_episodes: int, enough: bool) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
@@ -17,9 +17,6 @@ from sb3_ext.data.checks import CheckedEpisode
 from sb3_ext.data.envs import is_frame_space, to_channel_first
 from sb3_ext.data.hub.card import plot_returns
 from sb3_ext.data.source import DatasetLike, Source, open_source
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _MOST_DIMENSIONS = 16
 """Of a vector that are drawn; a picture of more is unreadable."""
@@ -41,15 +38,15 @@ def list_datasets() -> list[dict[str, Any]]:
             continue
         below.clear()  # an Arrow dataset holds a folder per episode
         row: dict[str, Any] = {"id": Path(folder).relative_to(root).as_posix()}
+        found.append(row)
         try:
             metadata = json.loads(file.read_text(encoding="utf-8"))
             row |= {"episodes": metadata["total_episodes"], "steps": metadata["total_steps"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            found.append(row | {"damage": f"{type(error).__name__}: {error}"})
+            row["damage"] = f"{type(error).__name__}: {error}"
             continue
         row["mean_return"] = (metadata.get("behaviour_return") or {}).get("mean")
         row |= {"megabytes": metadata.get("dataset_size"), "algorithm": metadata.get("algorithm_name")}
-        found.append(row)
     return sorted(found, key=lambda row: str(row["id"]))
 
 
@@ -110,34 +107,24 @@ def sample_transitions(dataset: DatasetLike, n: int = 10, seed: int = 0) -> Tran
     owners = np.searchsorted(ends, rows, side="right")
     steps = rows - (ends - lengths)[owners]
     chosen = np.unique(owners)
-    columns: dict[str, list[NDArray[Any]]] = {name: [] for name in Transitions.__dataclass_fields__}
-    for position, episode in zip(
-        chosen.tolist(), source.read(storage, source.episodes[chosen], lengths[chosen], strict=False), strict=True
-    ):
+    episodes = source.read(storage, source.episodes[chosen], lengths[chosen], strict=False)
+    parts = []
+    for position, episode in zip(chosen.tolist(), episodes, strict=True):
         t = steps[owners == position]
-        last = t == len(episode.rewards) - 1
-        for name, values in (
-            ("observations", episode.observations[t]),
-            ("actions", episode.actions[t]),
-            ("rewards", episode.rewards[t]),
-            ("next_observations", episode.observations[t + 1]),
-            ("terminated", last & episode.terminated),
-            ("truncated", last & (not episode.terminated)),
-            ("episodes", np.full(len(t), source.episodes[position])),
-            ("steps", t),
-        ):
-            columns[name].append(values)
-    return Transitions(**{name: np.concatenate(values) for name, values in columns.items()})
+        states, following = episode.observations[t], episode.observations[t + 1]
+        last, numbers = t == len(episode.rewards) - 1, np.full(len(t), source.episodes[position])
+        terminated, truncated = last & episode.terminated, last & (not episode.terminated)
+        step = (states, episode.actions[t], episode.rewards[t], following, terminated, truncated)
+        parts.append((*step, numbers, t))
+    return Transitions(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def picture(observation: NDArray[Any], space: spaces.Box) -> NDArray[Any]:
     """
-    Make a picture of an observation of two or three dimensions.
+    Make a picture ``[H, W]``, for colours ``[H, W, 3]``, of an observation ``[H, W]``, ``[C, H, W]`` or ``[H, W, C]``.
 
-    :param observation: ``[H, W]``, ``[C, H, W]`` or ``[H, W, C]``
-    :param space: its space
-    :return: ``[H, W]``, or ``[H, W, 3]`` for colours. Of a stack of grey frames it is the newest; of planes with one
-        kind of thing each it is the number of the highest plane that is not 0
+    Of a stack of grey frames it is the newest; of planes with one kind of thing each it is the number of the highest
+    plane that is not 0.
     """
     if observation.ndim == 2:
         return observation
@@ -147,14 +134,6 @@ def picture(observation: NDArray[Any], space: spaces.Box) -> NDArray[Any]:
         return numbers
     frames = to_channel_first(observation, space)
     return np.moveaxis(frames, 0, -1) if len(frames) == 3 else frames[-1]
-
-
-def _draw_vectors(axes: Axes, episode: CheckedEpisode) -> None:
-    values = episode.observations.reshape(len(episode.observations), -1)[:, :_MOST_DIMENSIONS]
-    for k, line in enumerate(values.T):
-        axes.plot(line, label=str(k), linewidth=1)
-    axes.legend(title="dimension", fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set_xlabel("step")
 
 
 def _read_one(source: Source, number: int | None) -> tuple[int, CheckedEpisode, NDArray[np.float64]]:
@@ -219,7 +198,11 @@ def show_dataset(
             axes.imshow(picture(shown.observations[step], source.observation_space), cmap="gray")
             axes.set_title(f"step {step}", fontsize=8)
     else:
-        _draw_vectors(above.subplots(), shown)
+        axes = above.subplots()
+        for k, line in enumerate(shown.observations.reshape(len(shown.observations), -1).T[:_MOST_DIMENSIONS]):
+            axes.plot(line, label=str(k), linewidth=1)
+        axes.legend(title="dimension", fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.set_xlabel("step")
     axes = below.subplots()
     plot_returns(axes, returns.tolist(), f"mean {returns.mean():.4g}")
     axes.set(xlabel="return", ylabel=f"episodes (of {len(returns)})")

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,9 +79,8 @@ class _Tally:
     digests: dict[bytes, int] = field(default_factory=dict)
     repeated: list[tuple[int, int]] = field(default_factory=list)
     rewarded: bool = False
-    states: list[NDArray[np.float32]] = field(default_factory=list)
-    state_actions: list[int] = field(default_factory=list)
-    state_episodes: list[int] = field(default_factory=list)
+    states: list[tuple[NDArray[Any], ...]] = field(default_factory=list)
+    """Some states as vectors, with the actions taken there and the episodes they are from."""
 
 
 def _small(observations: NDArray[Any], space: spaces.Box) -> NDArray[np.float32]:
@@ -94,9 +92,7 @@ def _small(observations: NDArray[Any], space: spaces.Box) -> NDArray[np.float32]
     return frames[:, ::step, ::step].reshape(len(frames), -1).astype(np.float32)
 
 
-def _add(
-    tally: _Tally, source: Source, number: int, episode: CheckedEpisode, cut: bool, chosen: NDArray[np.bool_]
-) -> None:
+def _add(tally: _Tally, source: Source, number: int, episode: CheckedEpisode, chosen: NDArray[np.bool_]) -> None:
     digest = hashlib.blake2b(np.ascontiguousarray(episode.observations).tobytes(), digest_size=16)
     digest.update(np.ascontiguousarray(episode.actions).tobytes())
     digest.update(np.asarray(episode.rewards, np.float64).tobytes())
@@ -106,20 +102,15 @@ def _add(
     tally.returns.append(float(episode.rewards.sum(dtype=np.float64)))
     tally.lengths.append(len(episode.rewards))
     tally.terminated += episode.terminated
-    tally.cut += cut
-    tally.rewarded |= bool(np.ptp(episode.rewards) > 0 or episode.rewards[0] != 0)
+    tally.rewarded |= bool(episode.rewards.any())
     if not isinstance(source.action_space, spaces.Discrete):
         return
     tally.actions.update(episode.actions.tolist())
     steps = np.flatnonzero(chosen)
     if len(steps):
         # with the state before, because one picture shows no motion
-        pair = [
-            _small(episode.observations[rows], source.observation_space) for rows in (steps, np.maximum(steps - 1, 0))
-        ]
-        tally.states.append(np.concatenate(pair, axis=1))
-        tally.state_actions += episode.actions[steps].tolist()
-        tally.state_episodes += [number] * len(steps)
+        both = (_small(episode.observations[t], source.observation_space) for t in (steps, np.maximum(steps - 1, 0)))
+        tally.states.append((np.hstack([*both]), episode.actions[steps], np.full(len(steps), number)))
 
 
 def _read(source: Source, errors: list[str]) -> _Tally:
@@ -139,8 +130,8 @@ def _read(source: Source, errors: list[str]) -> _Tally:
         except DatasetError as error:
             errors.append(str(error))
             continue
-        cut = not (episode.terminated or bool(np.asarray(raw["truncations"]).reshape(-1)[-1]))
-        _add(tally, source, number, episode, cut, draw.random(len(episode.rewards)) < share)
+        tally.cut += not (episode.terminated or bool(np.asarray(raw["truncations"]).reshape(-1)[-1]))
+        _add(tally, source, number, episode, draw.random(len(episode.rewards)) < share)
     total = source.metadata.get("total_steps")
     if len(source.episodes) == source.metadata["total_episodes"] and total != int(lengths.sum()):
         errors.append(
@@ -151,9 +142,7 @@ def _read(source: Source, errors: list[str]) -> _Tally:
 
 
 def _warn(source: Source, tally: _Tally) -> list[str]:
-    found = []
-    if source.lossy:
-        found.append(source.lossy)
+    found = [source.lossy] if source.lossy else []
     if tally.cut:
         found.append(
             f"{tally.cut} episodes just stop: their last step is neither terminated nor truncated. It bootstraps, as a "
@@ -212,24 +201,18 @@ def verify_dataset(dataset: DatasetLike) -> DatasetReport:
         "repeated": len(tally.repeated),
         "behaviour_return": return_statistics(tally.returns),
         "observations": f"{source.observation_space.dtype} {source.observation_space.shape}",
-        "megabytes": _megabytes(source.path),
+        "megabytes": sum(f.stat().st_size for f in source.path.rglob("*") if f.is_file()) / 1e6,
     }
     shares, agreement = None, None
     if isinstance(source.action_space, spaces.Discrete):
         counts = np.array([tally.actions[a] for a in range(source.n_actions)])
         shares = counts / counts.sum()
         facts["action_shares"] = [round(s, 4) for s in shares.tolist()]
-        if len(tally.states):
-            agreement = neighbours_agree(
-                np.concatenate(tally.states), np.array(tally.state_actions), np.array(tally.state_episodes)
-            )
+        if tally.states:
+            agreement = neighbours_agree(*map(np.concatenate, zip(*tally.states, strict=True)))
             facts["neighbours_agree"] = agreement
     outlook = judge(np.array(tally.returns), sum(tally.lengths), shares, agreement, tally.rewarded, not errors)
     return DatasetReport(source.name, errors, _warn(source, tally), facts, outlook)
-
-
-def _megabytes(folder: Path) -> float:
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
 
 
 FEWEST_STEPS = 24_576
@@ -257,23 +240,13 @@ class Outlook:
 
 
 def action_coverage(shares: NDArray[np.float64]) -> float:
-    """
-    Perplexity of the actions over their number: 1 is uniform, 1 / n a single action.
-
-    :param shares: share of each action, ``[n]``, adding up to 1
-    :return: the coverage
-    """
+    """Perplexity of the actions of these shares ``[n]`` over their number: 1 is uniform, 1 / n a single action."""
     entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
     return float(np.exp(entropy) / len(shares))
 
 
 def room_above(returns: NDArray[np.float64]) -> float:
-    """
-    How far the best fifth of the episodes is above the mean, as a share of the mean's size.
-
-    :param returns: of the episodes, ``[n]``
-    :return: at least 0
-    """
+    """How far the best fifth of the episodes is above the mean, as a share of the mean's size; at least 0."""
     mean = float(returns.mean())
     gain = float(np.sort(returns)[-max(1, len(returns) // 5) :].mean()) - mean
     return gain / max(abs(mean), 1e-9)
@@ -286,12 +259,7 @@ def neighbours_agree(
     Share of states in which the action is that of the most similar state of another episode.
 
     Near 1 the actions are a function of the state, as one greedy policy's are. A low share says less: pictures that
-    look alike may differ in what matters.
-
-    :param states: as vectors, ``[n, d]``
-    :param actions: taken there, ``[n]``
-    :param episodes: they are from, ``[n]``
-    :return: the share, or None if all states are of one episode, or equal
+    look alike may differ in what matters. States are vectors, ``[n, d]``; None if all are of one episode, or equal.
     """
     scale = states.std(axis=0)
     if not scale.any() or len(np.unique(episodes)) < 2:
@@ -314,49 +282,37 @@ def judge(
     """
     Say what CQL can be expected to do, and why.
 
-    :param returns: of the episodes, ``[n]``
-    :param steps: of all episodes together
-    :param shares: share of each action, ``[n_actions]``; None if actions are continuous
-    :param agreement: see :func:`neighbours_agree`
-    :param rewarded: whether any reward is not 0
-    :param valid: whether the dataset can be loaded
-    :return: the outlook
+    The shares are those of the actions, ``[n_actions]``, None if actions are continuous; ``agreement`` is that of
+    :func:`neighbours_agree`; ``valid`` is whether the dataset can be loaded.
     """
-    hindrances = [
-        text
-        for is_so, text in (
-            (not valid, "the errors above must be mended first"),
-            (shares is None, "actions are continuous and CQL takes discrete ones; GAIL learns from continuous ones"),
-            (not rewarded, "every reward is 0: there is nothing to tell good from bad; behaviour cloning needs none"),
-            (shares is not None and np.count_nonzero(shares) < 2, "only one action was ever tried"),
-        )
-        if is_so
-    ]
-    if hindrances or shares is None:
-        return Outlook("impossible", "CQL cannot learn from this dataset", [(False, text) for text in hindrances])
+    hindrances = {
+        "the errors above must be mended first": not valid,
+        "actions are continuous and CQL takes discrete ones; GAIL learns from continuous ones": shares is None,
+        "every reward is 0: there is nothing to tell good from bad; behaviour cloning needs none": not rewarded,
+        "only one action was ever tried": shares is not None and np.count_nonzero(shares) < 2,
+    }
+    if shares is None or any(hindrances.values()):
+        reasons = [(False, text) for text, is_so in hindrances.items() if is_so]
+        return Outlook("impossible", "CQL cannot learn from this dataset", reasons)
     room, coverage, rarest = room_above(returns), action_coverage(shares), int(shares.argmin())
     one_policy = agreement is not None and agreement >= ONE_POLICY
+    covered = (
+        f"action coverage {coverage:.2f} (1 is uniform), commonest action {int(shares.argmax())} in {shares.max():.1%} "
+        f"and rarest {rarest} in {shares[rarest]:.1%} of the steps; where it worked, coverage was 0.91 or more, and "
+        "the rarest action had 10.6 % or more"
+    )
+    above = f"the best fifth of the episodes is {room:.0%} above the mean; where it worked, 23 % or more"
     reasons = [
         (steps >= FEWEST_STEPS, f"{steps:,} steps; the smallest dataset that sufficed had {FEWEST_STEPS:,}"),
-        (
-            coverage >= LEAST_COVERAGE and bool(shares[rarest] >= RAREST_ACTION),
-            f"action coverage {coverage:.2f} (1 is uniform), commonest action {int(shares.argmax())} in "
-            f"{shares.max():.1%} and rarest {rarest} in {shares[rarest]:.1%} of the steps; where it worked, coverage "
-            "was 0.91 or more, and the rarest action had 10.6 % or more",
-        ),
-        (
-            room >= LEAST_ROOM,
-            f"the best fifth of the episodes is {room:.0%} above the mean; where it worked, 23 % or more",
-        ),
+        (coverage >= LEAST_COVERAGE and bool(shares[rarest] >= RAREST_ACTION), covered),
+        (room >= LEAST_ROOM, above),
     ]
     if agreement is not None:
-        reasons.append(
-            (
-                not one_policy,
-                f"{agreement:.0%} of the states have the action of their most similar one in another episode; greedy "
-                "policies' have 91 % or more, data from which CQL learned 83 % or less",
-            )
+        agreeing = (
+            f"{agreement:.0%} of the states have the action of their most similar one in another episode; greedy "
+            "policies' have 91 % or more, data from which CQL learned 83 % or less"
         )
+        reasons.append((not one_policy, agreeing))
     if one_policy and room < LEAST_ROOM:
         summary = "one policy's steady play: behaviour cloning (--algo bc) is simpler and as good"
         return Outlook("cloning", summary, reasons)

@@ -113,18 +113,16 @@ class Priorities:
     def activate(self, indices: ArrayLike) -> None:
         """Make items drawable, with the largest priority."""
         indices = np.asarray(indices)
-        self.tree.update(indices, np.full(indices.shape, self._largest(indices)))
+        if self.rank_based:
+            self._errors[indices] = self.max_priority
+        power = 1.0 if self.rank_based else self.max_priority**self.alpha
+        self.tree.update(indices, np.full(indices.shape, power))
 
     def activate_range(self, first: int, count: int) -> None:
         """Make ``count`` neighbours drawable, as :meth:`activate` does."""
-        self.tree.fill(first, count, self._largest(slice(first, first + count)))
-
-    def _largest(self, items: Any) -> float:
-        """Power of the largest priority, ``p^alpha`` (rank 1: 1), for these items; their ranks are to come from it."""
         if self.rank_based:
-            self._errors[items] = self.max_priority
-        power: float = 1.0 if self.rank_based else self.max_priority**self.alpha
-        return power
+            self._errors[first : first + count] = self.max_priority
+        self.tree.fill(first, count, 1.0 if self.rank_based else self.max_priority**self.alpha)
 
     def deactivate(self, indices: ArrayLike) -> None:
         """Keep items from being drawn until they are activated again."""

@@ -44,7 +44,7 @@ def phase_length(total: int, considered: float, alive: float) -> float:
     return float(max(math.floor(total / (math.log2(considered) * alive)), 1.0) * alive)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(inline="always", error_model="numpy")
 def begin(row: Floats, gumbel: Singles, logits: Singles, considered: int, total: int) -> None:
     """Make the ``considered`` legal actions of highest ``gumbel + logits`` candidates, and begin the first phase."""
     slots = len(logits)
@@ -105,7 +105,7 @@ def next_candidate(
     return slot
 
 
-@njit(cache=True, error_model="numpy")
+@njit(inline="always", error_model="numpy")
 def best_candidate(row: Floats, slots: int, visits: int, stride: int, scores: Floats) -> int:
     """Candidate that is chosen in the end: of the visited ones that with the highest score."""
     best = -1

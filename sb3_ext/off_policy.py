@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import pathlib
 import warnings
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch as th
@@ -19,7 +16,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 from sb3_ext.losses import LossOutput
 from sb3_ext.replay.batch import ReplayHooks, hooks_of
 from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
-from sb3_ext.saving import save_whole
+from sb3_ext.saving import FileLike, save_whole
 
 _GPU_CHECK_EVERY = 100
 """Gradient steps between looks at the loss on a GPU, because each look waits for the GPU."""
@@ -184,16 +181,11 @@ class OffPolicy(OffPolicyAlgorithm):
                 self._last_obs = None
         return rollout
 
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
+    def save(self, path: FileLike, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """Save as SB3 does, but an older good file stays under ``path`` until the new one is complete."""
-        save_whole(partial(super().save, exclude=exclude, include=include), path, ".zip")
+        save_whole(super().save, path, ".zip", exclude=exclude, include=include)
 
-    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+    def load_replay_buffer(self, path: FileLike, truncate_last_traj: bool = True) -> None:
         """
         Load a replay buffer as SB3 does, if it fits this model's settings; otherwise the model keeps the one it has.
 
@@ -221,6 +213,6 @@ class OffPolicy(OffPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_train_metrics"]
 
-    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+    def save_replay_buffer(self, path: FileLike) -> None:
         """Save the replay buffer as SB3 does; as with :meth:`save`, never half of it."""
         save_whole(super().save_replay_buffer, path, ".pkl")

@@ -48,7 +48,18 @@ BELOW = {
         "data",
     },
     "efficientzero": {
-        *("arguments", "search", "off_policy", "replay", "losses", "normalize", "threads", "cuda_graphs", "data"),
+        *(
+            "arguments",
+            "saving",
+            "search",
+            "off_policy",
+            "replay",
+            "losses",
+            "normalize",
+            "threads",
+            "cuda_graphs",
+            "data",
+        ),
     },
     "gail": {"arguments", "replay", "losses", "saving", "normalize", "threads", "data"},
 }

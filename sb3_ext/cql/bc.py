@@ -18,6 +18,7 @@ from sb3_ext.cql.offline import OfflineAlgorithm, with_adam
 from sb3_ext.data.load import DatasetLike
 from sb3_ext.losses import LossOutput
 from sb3_ext.off_policy import minimise
+from sb3_ext.replay.batch import unscaled
 from sb3_ext.replay.dataset import OfflineReplayBuffer
 
 
@@ -149,7 +150,8 @@ class BC(OfflineAlgorithm):
         if isinstance(self._dataset, OfflineReplayBuffer) or not space.is_bounded():
             return actions
         low, high = (th.as_tensor(bound.reshape(-1), device=actions.device) for bound in (space.low, space.high))
-        return low + 0.5 * (actions + 1) * (high - low)
+        found: th.Tensor = unscaled(actions, low, high)
+        return found
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """

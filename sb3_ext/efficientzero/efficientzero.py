@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pathlib
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -32,6 +30,7 @@ from sb3_ext.losses import LossOutput
 from sb3_ext.normalize import begin_statistics
 from sb3_ext.off_policy import OffPolicy
 from sb3_ext.replay.frames import PADDING_TYPES
+from sb3_ext.saving import FileLike
 from sb3_ext.threads import with_loop_threads
 
 VALUE_TARGETS = ("mixed", "n_step", "search")
@@ -371,12 +370,7 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
         self._forget_graphs()  # they have the coefficients of then
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
+    def save(self, path: FileLike, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """See :meth:`~sb3_ext.off_policy.OffPolicy.save`; with the random state."""
         before = self._random_state
         self._random_state = before or random_state(self)  # a loaded model that has not gone on keeps the one it had

@@ -33,6 +33,7 @@ from sb3_ext.data.envs import is_frame_space, padding_shown_by, to_channel_first
 from sb3_ext.data.source import DatasetLike, env_spec, open_source
 from sb3_ext.gail.discriminator import Batch
 from sb3_ext.normalize import begin_statistics
+from sb3_ext.replay.batch import unscaled
 from sb3_ext.replay.frames import ArrayFrames, gather_stacks, gather_windows, split_stacks, stack_episode
 
 DemonstrationsLike: TypeAlias = DatasetLike | Sequence[Trajectory] | Sequence[Episode] | ReplayBuffer
@@ -273,9 +274,8 @@ def _split_buffer(buffer: ReplayBuffer) -> list[Demonstration]:
 def _environment_actions(actions: NDArray[Any], space: spaces.Space[Any]) -> NDArray[Any]:
     """Actions as the environment gets them: SB3's off-policy algorithms store continuous ones scaled to -1 to 1."""
     if isinstance(space, spaces.Box) and space.is_bounded():
-        share = 0.5 * (actions.reshape(-1, *space.shape) + 1)
-        unscaled: NDArray[Any] = (space.low + share * (space.high - space.low)).astype(space.dtype)
-        return unscaled
+        found: NDArray[Any] = unscaled(actions.reshape(-1, *space.shape), space.low, space.high).astype(space.dtype)
+        return found
     return actions.reshape(-1) if isinstance(space, spaces.Discrete) else actions
 
 

@@ -83,6 +83,11 @@ def n_step_returns(
     return (rewards * weights).sum(axis=1), np.asarray(gamma, np.float64) ** counts
 
 
+def unscaled(actions: Any, low: Any, high: Any) -> Any:
+    """Actions between their bounds from those that SB3's off-policy algorithms store, scaled to -1 to 1."""
+    return low + 0.5 * (actions + 1) * (high - low)
+
+
 def _mapped(part: Any, function: Callable[[NDArray[Any]], Any]) -> Any:
     """Apply a function to an array, or to those of a dictionary; leave tensors and None alone."""
     if isinstance(part, dict):

@@ -81,7 +81,7 @@ LATE = {
         "requests",
     ),
     # packages that take long to start
-    *("stable_baselines3", "sb3_contrib", "torch", "minari", "tqdm", "sb3_ext"),
+    *("stable_baselines3", "sb3_contrib", "torch", "minari", "h5py", "tqdm", "sb3_ext"),
 }
 """What a function may import by itself."""
 

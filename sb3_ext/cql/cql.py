@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import gymnasium as gym
 import numpy as np
 import sb3_contrib
 import torch as th
-from gymnasium import spaces
 from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.preprocessing import is_image_space
@@ -25,7 +24,7 @@ from sb3_ext.cql.mixed import MixedReplayBuffer, OnlineReplayBuffer
 from sb3_ext.cql.offline import NO_DATASET, OfflineAlgorithm, with_adam
 from sb3_ext.cuda_graphs import GraphedLoss
 from sb3_ext.data.load import DatasetLike
-from sb3_ext.dqn.dqn import QRDQN, quantile_td
+from sb3_ext.dqn.dqn import quantile_td
 from sb3_ext.losses import LossOutput, conservative_gap
 from sb3_ext.off_policy import OffPolicy
 from sb3_ext.replay.dataset import OfflineReplayBuffer
@@ -43,7 +42,8 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
     **One timestep of** ``learn`` **is one gradient step**, so that schedules, loggers, the progress bar and every SB3
     callback mean gradient steps. ``learn_online`` goes on in an environment.
 
-    :param policy: ``"MlpPolicy"`` for vectors, ``"CnnPolicy"`` for images, or a class
+    :param policy: ``"MlpPolicy"`` for vectors and everything else that can be flattened, ``"CnnPolicy"`` for pictures,
+        ``"MultiInputPolicy"`` for ``Dict`` observations, or a class
     :param dataset: a ``minari.MinariDataset``, its id (downloaded if it is not here) or path, or a filled replay buffer
     :param env: environment for :meth:`learn_online`; its spaces must be the dataset's. Not needed to learn offline
     :param learning_rate: Adam's step size, or a schedule of the remaining progress (1 to 0)
@@ -68,12 +68,12 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
     :param double_q: choose the next action with the online network. The authors' Atari code does not; d3rlpy and
         tianshou do
     :param clip_rewards: clip each reward to [-1, 1], as the DQN Replay Dataset has them
-    :param dataset_kwargs: further arguments of :func:`~sb3_ext.data.load_minari`: ``frame_stack``, ``subset``,
-        ``storage``, ``prioritized``, ``seed`` (of the sampler; default: this model's), ...
+    :param dataset_kwargs: further arguments of :func:`~sb3_ext.data.load_minari`: ``transforms``, ``frame_stack``,
+        ``subset``, ``storage``, ``prioritized``, ``seed`` (of the sampler; default: this model's), ...
     :param torch_compile: compile the networks' forward pass: 10 to 20 s at the start; measure whether it gains anything
     :param bf16: run the networks in bfloat16 (fast where the processor has it, slow where it does not)
-    :param cuda_graphs: on a GPU, record the kernels of the loss once in each ``learn`` and replay them; False launches
-        each by itself, as ``torch_compile`` does
+    :param cuda_graphs: on a GPU, unless observations are a ``Dict``: record the kernels of the loss once in each
+        ``learn`` and replay them; False launches each by itself, as ``torch_compile`` does
     :param stats_window_size: as in SB3
     :param tensorboard_log: as in SB3
     :param policy_kwargs: as in QRDQN, for instance ``dict(n_quantiles=50)``; default 200 quantiles. The default
@@ -86,7 +86,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
     :raises ValueError: if dataset, environment and policy do not fit together, or a number is out of range
     """
 
-    policy_aliases: ClassVar = {k: v for k, v in QRDQN.policy_aliases.items() if k != "MultiInputPolicy"}
+    other_actions = " BC clones continuous ones, and GAIL imitates them in the environment."
     _warned_of_overestimation = False
 
     def __init__(
@@ -123,11 +123,6 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        if isinstance(policy, str) and policy == "MultiInputPolicy":
-            raise ValueError(
-                "MultiInputPolicy is for Dict observations, which offline datasets here do not have; use MlpPolicy or "
-                "CnnPolicy."
-            )
         self._check_env(env)
         check_least(1, batch_size=batch_size, target_update_interval=target_update_interval, n_steps=n_steps)
         _check_alpha(cql_alpha)
@@ -178,14 +173,6 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
             rewards = np.clip(buffer.rewards, -1, 1) if self.clip_rewards else None
             self._bound = buffer.largest_return(self.gamma, rewards)
 
-    def _check_policy(self, space: spaces.Space[Any]) -> None:
-        if isinstance(space, spaces.Dict):
-            raise ValueError(
-                "The data has Dict observations, which CQL cannot learn from; use flat vectors "
-                "(gymnasium.wrappers.FlattenObservation) or images, or clone it with BC and its MultiInputPolicy."
-            )
-        super()._check_policy(space)
-
     def _setup_model(self) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The number of environments used is greater than the target")
@@ -222,7 +209,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         :return: loss and TD error, ``[B]``; metrics ``td_loss``, ``conservative_gap``, ``q_data`` (mean Q of the data's
             actions), ``q_best`` (mean Q of the best actions), ``action_match`` (share of states where they coincide)
         """
-        if not self.cuda_graphs or self.device.type != "cuda":
+        if not self.cuda_graphs or self.device.type != "cuda" or isinstance(batch.observations, dict):
             return self._loss(batch)
         # weights and indices of a batch are not the loss's business
         return self._graphed_loss(*(part for part in batch[: len(ReplayBufferSamples._fields)] if part is not None))

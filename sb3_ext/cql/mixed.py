@@ -97,6 +97,8 @@ def _join(column: tuple[Any, ...]) -> Any:
         return column[0]
     if any(part is None for part in column):
         raise ValueError("One of the buffers gives n-step returns and the other does not; use the same n_steps.")
+    if isinstance(column[0], dict):
+        return {key: _join(tuple(part[key] for part in column)) for key in column[0]}
     if isinstance(column[0], np.ndarray):
         return np.concatenate(column)
     return th.cat([part.to(column[0].dtype) for part in column])

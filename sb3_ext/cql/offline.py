@@ -23,8 +23,11 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
+from sb3_ext.cql.extractor import SmallPicturesExtractor, is_small_picture
+from sb3_ext.data.envs import SMALLEST_PICTURE, policy_for, stacked_space
 from sb3_ext.data.load import DatasetLike, load_minari, match_padding
 from sb3_ext.data.source import open_source
+from sb3_ext.data.trees import leaves, short_space
 from sb3_ext.data.verify import action_coverage
 from sb3_ext.normalize import begin_statistics_of
 from sb3_ext.off_policy import MetricMeans
@@ -83,6 +86,8 @@ class OfflineAlgorithm(BaseAlgorithm):
 
     action_kinds: ClassVar[tuple[type[spaces.Space[Any]], ...]] = (spaces.Discrete,)
     """Action spaces that the algorithm learns from."""
+    other_actions: ClassVar = ""
+    """Where to turn with other ones."""
 
     batch_size: int
     n_steps: int = 1
@@ -125,14 +130,13 @@ class OfflineAlgorithm(BaseAlgorithm):
             kwargs = dict(self.dataset_kwargs)
             if self._n_updates:  # what the model has learnt from
                 kwargs.setdefault("padding_type", self.dataset_info.get("padding_type"))
+                kwargs["transforms"] = self.dataset_info.get("transforms") or kwargs.get("transforms")
             # before the data is read
-            open_source(dataset, kwargs.get("build_env", False), continuous=spaces.Box in self.action_kinds)
+            source = open_source(dataset, kwargs.get("build_env", False), kwargs.get("transforms"))
+            self._check_actions(source.action_space, source.name)
+            self._check_policy(stacked_space(source.observation_space, 1))
             buffer = load_minari(dataset, n_steps=self.n_steps, gamma=self.gamma, device=self.device, **kwargs)
-        if not isinstance(buffer.action_space, self.action_kinds):
-            raise ValueError(
-                f"{type(self).__name__} needs {' or '.join(k.__name__ for k in self.action_kinds)} actions, the "
-                f"dataset has {short_space(buffer.action_space)}."
-            )
+        self._check_actions(buffer.action_space, "the dataset")
         if getattr(self, "observation_space", None) is None:
             self.observation_space, self.action_space, self.n_envs = buffer.observation_space, buffer.action_space, 1
         else:
@@ -143,6 +147,13 @@ class OfflineAlgorithm(BaseAlgorithm):
         self.dataset_info = dict(getattr(buffer, "info", {}))
         self._dataset = self.replay_buffer = buffer
         self._set_returns()
+
+    def _check_actions(self, space: spaces.Space[Any], name: str) -> None:
+        if not isinstance(space, self.action_kinds):
+            raise ValueError(
+                f"{type(self).__name__} needs {' or '.join(k.__name__ for k in self.action_kinds)} actions, {name} has "
+                f"{short_space(space)}.{self.other_actions}"
+            )
 
     def _match_padding(self, buffer: ReplayBuffer | None) -> None:
         """Let episodes begin in the data as in the environment, or refuse if they cannot."""
@@ -182,22 +193,38 @@ class OfflineAlgorithm(BaseAlgorithm):
             if ours != theirs:
                 raise ValueError(
                     f"The {what} of the dataset and of the model or environment differ: {short_space(ours)} and "
-                    f"{short_space(theirs)}. Build the environment with sb3_ext.make_eval_env(dataset), or set "
-                    "frame_stack in dataset_kwargs."
+                    f"{short_space(theirs)}. Build the environment with sb3_ext.make_eval_env(dataset), with the same "
+                    "transforms and frame_stack as in dataset_kwargs."
                 )
 
     def _check_policy(self, space: spaces.Space[Any]) -> None:
-        """Compare the policy's name with the observations; a features extractor of the user's own is not questioned."""
+        """
+        Compare the policy's name with the observations, as SB3's policies take them.
+
+        A features extractor of the user's own is not questioned.
+        """
         if self.policy_kwargs.get("features_extractor_class", FlattenExtractor) is not FlattenExtractor:
             return
         named = next((n for n, c in self.policy_aliases.items() if c is self.policy_class), None)
-        if named in ("MlpPolicy", "CnnPolicy") and isinstance(space, spaces.Dict):
-            raise ValueError(f"{named} cannot see Dict observations ({short_space(space)}). Use 'MultiInputPolicy'.")
-        if named == "CnnPolicy" and not is_image_space(space):
-            raise ValueError(f"CnnPolicy needs uint8 images, the dataset has {short_space(space)}. Use 'MlpPolicy'.")
-        if named == "MlpPolicy" and is_image_space(space):
+        if named not in ("MlpPolicy", "CnnPolicy", "MultiInputPolicy"):
+            return
+        seen = short_space(space)
+        if isinstance(space, spaces.Dict) != (named == "MultiInputPolicy"):
+            raise ValueError(f"{named} cannot see these observations: {seen}. Use {policy_for(space)!r}.")
+        if named == "MlpPolicy" and policy_for(space) == "CnnPolicy":
+            warnings.warn(f"MlpPolicy flattens these pictures: {seen}. 'CnnPolicy' is for them.", stacklevel=4)
+        if named == "MultiInputPolicy" and any(is_small_picture(entry) for _, entry in leaves(space)):
+            self.policy_kwargs.setdefault("features_extractor_class", SmallPicturesExtractor)
+        if named != "CnnPolicy":
+            return
+        scaled = not self.policy_kwargs.get("normalize_images", True)
+        if not is_image_space(space, normalized_image=scaled):
+            wants = "pictures with three dimensions" if scaled else "pictures (uint8, 0 to 255, three dimensions)"
+            raise ValueError(f"CnnPolicy needs {wants}, the dataset has {seen}. Use 'MlpPolicy'.")
+        if is_small_picture(space, scaled):
             raise ValueError(
-                f"MlpPolicy needs vectors, the dataset has images ({short_space(space)}). Use 'CnnPolicy'."
+                f"CnnPolicy needs {SMALLEST_PICTURE} pixels on each side, the dataset has {seen}. Use 'MlpPolicy', "
+                "which flattens them, or a features_extractor_class for small pictures in policy_kwargs."
             )
 
     def set_dataset(self, dataset: DatasetLike | ReplayBuffer) -> None:
@@ -394,10 +421,3 @@ def with_adam(policy_kwargs: dict[str, Any] | None, eps: float) -> dict[str, Any
     if "optimizer_class" in given:
         return dict(given)
     return {"optimizer_class": th.optim.Adam, "optimizer_kwargs": {"eps": eps, "fused": True}, **given}
-
-
-def short_space(space: spaces.Space[Any] | None) -> str:
-    """Name a space without printing its bounds element by element."""
-    if isinstance(space, spaces.Box):
-        return f"Box({space.low.min()}, {space.high.max()}, {space.shape}, {space.dtype})"
-    return str(space)

@@ -22,7 +22,7 @@ from sb3_ext.data.source import Source
 from sb3_ext.files import atomic_folder, make_folder, remove_leftovers
 from sb3_ext.replay.frames import PADDING_TYPES, ArrayFrames, BlockFrames, BlockWriter, FrameStore, split_stacks
 
-_FORMAT = 3
+_FORMAT = 4
 _RAW, _ZSTD = "frames.bin", "frames.zst"
 _NAMED = ("actions", "rewards", "terminated", "lengths")
 
@@ -37,9 +37,9 @@ class Arrays:
     Everything but the frames.
 
     ``actions`` ``[N]`` or ``[N, *action_shape]``, ``rewards`` and ``terminated`` ``[N]`` are per row, ``lengths`` steps
-    per episode. ``shape`` and ``dtype`` are those of a frame. ``n_frames`` were in the stacks that were taken apart: 1
-    if the observations are stored as they are. ``padding_types`` may stand before an episode's first frame: what these
-    stacks show, else any.
+    per episode. ``shape`` and ``dtype`` are those of a frame, for ``Dict`` observations those of a record with their
+    entries, see :func:`record_dtype`. ``n_frames`` were in the stacks that were taken apart: 1 if the observations are
+    stored as they are. ``padding_types`` may stand before an episode's first frame: what these stacks show, else any.
     """
 
     actions: NDArray[Any]
@@ -47,7 +47,7 @@ class Arrays:
     terminated: NDArray[np.bool_]
     lengths: NDArray[np.int64]
     shape: tuple[int, ...]
-    dtype: str
+    dtype: np.dtype[Any]
     n_frames: int
     padding_types: frozenset[str]
 
@@ -73,6 +73,30 @@ class RamSink:
         return ArrayFrames(self._array)
 
 
+def record_dtype(space: spaces.Dict) -> np.dtype[Any]:
+    """One item that holds all entries of an observation, so that they are read together; aligned, floats as float32."""
+    fields = []
+    for key, entry in space.spaces.items():
+        dtype = np.dtype(entry.dtype) if isinstance(entry, (spaces.Box, spaces.MultiBinary)) else np.dtype(np.int64)
+        # one number has a dimension, as in SB3's buffers
+        fields.append((key, np.dtype(np.float32) if dtype == np.float64 else dtype, entry.shape or (1,)))
+    return np.dtype(fields, align=True)
+
+
+def _rows_of(observations: Any, space: spaces.Space[Any]) -> NDArray[Any]:
+    """Observations of an episode as rows: frames channel first, or records."""
+    if isinstance(space, spaces.Dict):
+        dtype = record_dtype(space)
+        rows = np.zeros(len(next(iter(observations.values()))), dtype)
+        for key in space.spaces:
+            rows[key] = observations[key].reshape(rows[key].shape)
+        return rows
+    if isinstance(space, spaces.Discrete):
+        return np.asarray(observations)[:, None]
+    frames = to_channel_first(observations, space)
+    return frames.astype(np.float32) if frames.dtype == np.float64 else frames
+
+
 def stream(
     source: Source, episodes: Iterable[CheckedEpisode], write: Callable[[NDArray[Any]], None], n_frames: int
 ) -> Arrays:
@@ -83,18 +107,18 @@ def stream(
     :raises NotStacks: if they are not
     """
     space, padding = source.action_space, frozenset(PADDING_TYPES)
-    dtype = np.min_scalar_type(space.n - 1) if isinstance(space, spaces.Discrete) else np.float32
+    dtype: Any = np.float32 if isinstance(space, spaces.Box) else np.int64
+    if isinstance(space, spaces.Discrete):
+        dtype = np.min_scalar_type(space.n - 1)
     rows: list[tuple[NDArray[Any], ...]] = []
     frames = np.empty(0)
     for episode in episodes:
-        frames = to_channel_first(episode.observations, source.observation_space)
+        frames = _rows_of(episode.observations, source.observation_space)
         if n_frames > 1:
             parts = split_stacks(frames, n_frames)
             if parts is None or not padding & parts[1]:
                 raise NotStacks
             frames, padding = parts[0], padding & parts[1]
-        if frames.dtype == np.float64:
-            frames = frames.astype(np.float32)
         write(frames)
         actions = np.concatenate([episode.actions, np.zeros_like(episode.actions[:1])]).astype(dtype)
         terminated = np.zeros(len(frames), bool)
@@ -102,7 +126,7 @@ def stream(
         rows.append((actions, np.append(episode.rewards, 0).astype(np.float32), terminated))
     lengths = np.array([len(actions) - 1 for actions, *_ in rows], np.int64)
     actions, rewards, terminated = map(np.concatenate, zip(*rows, strict=True))
-    return Arrays(actions, rewards, terminated, lengths, frames.shape[1:], frames.dtype.str, n_frames, padding)
+    return Arrays(actions, rewards, terminated, lengths, frames.shape[1:], frames.dtype, n_frames, padding)
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -133,6 +157,15 @@ def cache_key(source: Source, *options: Any) -> str:
     return digest.hexdigest()[:32]
 
 
+def _read_dtype(descr: Any) -> np.dtype[Any]:
+    """Undo ``dtype_to_descr``, after JSON has made lists of its tuples."""
+
+    def tuples(x: Any) -> Any:
+        return tuple(map(tuples, x)) if isinstance(x, list) else x
+
+    return np.lib.format.descr_to_dtype([tuples(x) for x in descr] if isinstance(descr, list) else descr)
+
+
 def open_cache(folder: Path) -> tuple[FrameStore, Arrays] | None:
     """Open a cache entry: frames, which stay on disk, and the rest; None if it is missing, incomplete or damaged."""
     try:
@@ -141,9 +174,9 @@ def open_cache(folder: Path) -> tuple[FrameStore, Arrays] | None:
             return None
         with np.load(folder / "arrays.npz") as file:
             offsets, named = file["offsets"], {name: file[name] for name in _NAMED}
-        shape, dtype = tuple(manifest["shape"]), np.dtype(manifest["dtype"])
+        shape, dtype = tuple(manifest["shape"]), _read_dtype(manifest["dtype"])
         n_frames, padding = manifest["n_frames"], frozenset(manifest["padding_types"])
-        arrays = Arrays(**named, shape=shape, dtype=dtype.str, n_frames=n_frames, padding_types=padding)
+        arrays = Arrays(**named, shape=shape, dtype=dtype, n_frames=n_frames, padding_types=padding)
         n_rows = len(arrays.actions)
         if _ZSTD in manifest["sizes"]:
             return BlockFrames(np.memmap(folder / _ZSTD, np.uint8, "r"), offsets, n_rows, shape, dtype), arrays
@@ -154,7 +187,10 @@ def open_cache(folder: Path) -> tuple[FrameStore, Arrays] | None:
 
 def _check_space(source: Source, folder: Path, n_rows: int, n_frames: int, compressed: bool) -> None:
     space = source.observation_space
-    size = int(np.prod(space.shape, dtype=np.int64)) * np.dtype(space.dtype).itemsize
+    if isinstance(space, spaces.Dict):
+        size = record_dtype(space).itemsize
+    else:
+        size = int(np.prod(space.shape, dtype=np.int64)) * np.dtype(space.dtype).itemsize
     need = n_rows * size // (n_frames * (8 if compressed else 1))
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -188,7 +224,7 @@ def write_cache(
         manifest = {
             "dataset_id": source.name,
             "shape": arrays.shape,
-            "dtype": arrays.dtype,
+            "dtype": np.lib.format.dtype_to_descr(arrays.dtype),
             "n_frames": arrays.n_frames,
             "padding_types": sorted(arrays.padding_types),
             "sizes": {f.name: f.stat().st_size for f in partial.iterdir()},

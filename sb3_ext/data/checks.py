@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,13 +13,14 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from sb3_ext.data.envs import is_frame_space, padding_shown_by, to_channel_first
+from sb3_ext.data.trees import flat_observations, flat_space, leaves, short_space
 from sb3_ext.replay.frames import split_stacks
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
 
 _LARGEST = np.finfo(np.float32).max
-ActionSpace: TypeAlias = spaces.Discrete | spaces.Box
+ActionSpace: TypeAlias = spaces.Discrete | spaces.Box | spaces.MultiDiscrete | spaces.MultiBinary
 _DROP = "Drop the episode with dataset.filter_episodes(...)."
 _RECORD_FRAMES = "record single frames, which are stacked as the environment does it."
 
@@ -32,11 +34,11 @@ class CheckedEpisode:
     """
     An episode of T steps that passed all checks.
 
-    Observations are ``[T + 1, *observation_shape]``, actions ``[T]`` or ``[T, *action_shape]``, rewards ``[T]``. Unless
-    the last step ``terminated`` the task, the episode was cut.
+    Observations are ``[T + 1, *observation_shape]``, one such array per entry of a ``Dict`` space. Actions are ``[T]``
+    or ``[T, *action_shape]``, rewards ``[T]``. Unless the last step ``terminated`` the task, the episode was cut.
     """
 
-    observations: NDArray[Any]
+    observations: Any
     actions: NDArray[Any]
     rewards: NDArray[Any]
     terminated: bool
@@ -64,8 +66,17 @@ def frames_per_observation(name: str, recorded: spaces.Space[Any], agent: spaces
 
     :raises DatasetError: if the agent's observations cannot be made of recorded ones
     """
-    assert recorded.shape is not None
-    assert agent.shape is not None
+    if (
+        isinstance(recorded, spaces.Dict)
+        or isinstance(agent, spaces.Dict)
+        or recorded.shape is None
+        or agent.shape is None
+    ):
+        raise DatasetError(
+            f"{name}: arrays are needed, the dataset has {short_space(recorded)}, the environment to train in "
+            f"{short_space(agent)}. Wrap the environment, and the dataset follows: sb3_ext.data.TransformedEnv(env, "
+            "'flatten')."
+        )
     if recorded.shape == agent.shape:
         return 1
     hint = ""
@@ -86,8 +97,7 @@ def ready_made_frames(space: spaces.Space[Any], frame_stack: int | None = None) 
 
     Unless the user gives a ``frame_stack``, each channel is a frame, unless there are 3.
     """
-    assert space.shape is not None
-    channels = int(to_channel_first(np.empty(space.shape, np.uint8), space).shape[0]) if is_frame_space(space) else 1
+    channels = len(to_channel_first(np.empty(space.shape or (), np.uint8), space)) if is_frame_space(space) else 1
     if frame_stack is None:
         return channels if channels != 3 else 1
     return frame_stack if channels % frame_stack == 0 else 1
@@ -159,32 +169,16 @@ def check_recorded_padding(
         _other_padding(name, f"{name}, episode {number},", ours, shown, n_frames, _RECORD_FRAMES)
 
 
-def check_spaces(
-    observation_space: spaces.Space[Any], action_space: spaces.Space[Any], name: str, continuous: bool = False
-) -> tuple[spaces.Box, ActionSpace]:
-    """
-    Accept ``Box`` observations with at least one dimension and ``Discrete`` actions that start at 0.
-
-    ``continuous`` accepts ``Box`` actions as well.
-    """
-    if not isinstance(observation_space, spaces.Box) or not observation_space.shape:
-        raise DatasetError(
-            f"{name}: observation_space is {observation_space}; vectors and images (Box) are supported. Record the "
-            "dataset through a wrapper that gives a Box (gymnasium.wrappers.FlattenObservation for instance)."
-        )
-    if continuous and isinstance(action_space, spaces.Box) and action_space.shape:
-        return observation_space, action_space
-    if not isinstance(action_space, spaces.Discrete):
-        raise DatasetError(
-            f"{name}: action_space is {action_space}; Discrete actions are supported. Discretise continuous ones in a "
-            "wrapper before recording."
-        )
-    if action_space.start != 0:
-        raise DatasetError(
-            f"{name}: action_space is {action_space}; SB3 counts actions from 0. Record again through a wrapper that "
-            f"shifts them by {-int(action_space.start)} to Discrete({action_space.n})."
-        )
-    return observation_space, action_space
+def check_action_space(action_space: spaces.Space[Any], name: str) -> ActionSpace:
+    """Accept the kinds of actions that SB3 knows."""
+    if isinstance(action_space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+        return action_space
+    if isinstance(action_space, spaces.Box) and action_space.shape:
+        return action_space
+    raise DatasetError(
+        f"{name}: action_space is {short_space(action_space)}. Nothing here learns such actions; Discrete, Box, "
+        "MultiDiscrete and MultiBinary ones can be learnt."
+    )
 
 
 def _refuse(bad: NDArray[np.bool_], where: str, why: Callable[[int], str]) -> None:
@@ -194,79 +188,156 @@ def _refuse(bad: NDArray[np.bool_], where: str, why: Callable[[int], str]) -> No
         raise DatasetError(f"{where}, step {step}: {why(step)}")
 
 
-def check_observations(observations: NDArray[Any], space: spaces.Box, where: str) -> NDArray[Any]:
-    """Check one episode's observations, ``[T + 1, ...]``, and convert them to the type of the dataset's space."""
-    if observations.shape[1:] != space.shape:
+def check_observations(observations: Any, space: spaces.Space[Any], where: str) -> Any:
+    """
+    Check one episode's flat observations, ``[T + 1, ...]`` each, and convert them to the types of the dataset's space.
+
+    Text becomes an array of strings. Kinds of spaces that nobody can learn from are left alone.
+    """
+    if isinstance(space, spaces.Dict):
+        return {key: _check_entry(observations[key], entry, where, f"'s {key!r}") for key, entry in leaves(space)}
+    return _check_entry(observations, space, where, "")
+
+
+def _check_entry(given: Any, space: spaces.Space[Any], where: str, which: str) -> Any:
+    """Check observations, or ``which`` of their entries."""
+    if isinstance(space, spaces.Text):
+        return np.array([str(text) for text in given], object)
+    if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+        return given
+    values, shape = np.asarray(given), space.shape or ()
+    if values.ndim == 2 and values.shape[1] == 1 and not shape:
+        values = values[:, 0]
+    elif values.ndim == 1 and shape == (1,):
+        values = values[:, None]
+    if values.shape[1:] != shape:
         raise DatasetError(
-            f"{where}: observations have shape {observations.shape[1:]}, the dataset's observation_space says "
-            f"{space.shape}."
+            f"{where}: observations{which} have shape {values.shape[1:]}, the dataset's observation_space says {shape}."
         )
-    if observations.dtype.kind == "f":
-        bad = ~(np.abs(observations) <= _LARGEST)
-        _refuse(bad, where, lambda step: f"the observation has NaN, infinite or too large values. {_DROP}")
-    if observations.dtype == space.dtype:
-        return observations
-    converted = observations.astype(space.dtype)
+    if values.dtype.kind == "f":
+        bad = ~(np.abs(values) <= _LARGEST)
+        _refuse(bad, where, lambda step: f"the observation{which} has NaN, infinite or too large values. {_DROP}")
+    if not isinstance(space, spaces.Box):
+        return _check_counts(values, space, where, f"the observation{which}")
+    if values.dtype == space.dtype:
+        return values
+    converted = values.astype(space.dtype)
     if converted.dtype.kind != "f":
         why = (
-            f"observations are stored as {observations.dtype} and do not fit the observation_space's {space.dtype}. "
+            f"observations{which} are stored as {values.dtype} and do not fit the observation_space's {space.dtype}. "
             "Record the dataset again."
         )
-        _refuse(converted != observations, where, lambda step: why)
+        _refuse(converted != values, where, lambda step: why)
     return converted
 
 
-def check_actions(actions: NDArray[Any], action_space: ActionSpace, where: str) -> NDArray[Any]:
-    """Check one episode's actions, ``[T]`` or ``[T, ...]``, and convert them to int64 or the space's type."""
+def _check_counts(
+    values: NDArray[Any], space: spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary, where: str, what: str
+) -> NDArray[Any]:
+    """Whole numbers, ``[T, ...]``, within a space of counts, as int64; for MultiBinary int8."""
+    if values.dtype.kind not in "iub":
+        broken = ~(np.isfinite(values) & (values == np.round(values)))
+        _refuse(broken, where, lambda step: f"{what} {values[step]} is no whole number. {_DROP}")
+    whole = values.astype(np.int64)
+    low: Any = 0 if isinstance(space, spaces.MultiBinary) else space.start
+    count: Any = 2 if isinstance(space, spaces.MultiBinary) else 0
+    if not isinstance(space, spaces.MultiBinary):
+        count = space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n
+    outside = (whole < low) | (whole >= low + count)
+    _refuse(outside, where, lambda step: f"{what} {whole[step]} is outside {space}. {_DROP}")
+    return whole.astype(np.int8) if isinstance(space, spaces.MultiBinary) else whole
+
+
+def check_actions(actions: NDArray[Any], action_space: ActionSpace, where: str, clip: bool = False) -> NDArray[Any]:
+    """
+    Check one episode's actions, ``[T]`` or ``[T, ...]``, and convert them to integers or the space's type.
+
+    ``[T]`` is taken for ``[T, 1]``, and one-hot rows for the ``Discrete`` action they mean. ``clip`` leaves actions
+    outside a box to those who clip them.
+    """
+    shape = action_space.shape or ()
+    if isinstance(action_space, spaces.Discrete) and actions.shape[1:] == (int(action_space.n),) and action_space.n > 1:
+        hot = (actions == 1).sum(axis=1) == 1
+        _refuse(
+            ~(hot & ((actions == 0).sum(axis=1) == action_space.n - 1)),
+            where,
+            lambda step: f"action {actions[step]} has {action_space.n} numbers and is not one-hot. {_DROP}",
+        )
+        actions = actions.argmax(axis=1) + int(action_space.start)
+    elif isinstance(action_space, spaces.Discrete) and actions.shape[1:] == (1,):
+        actions = actions[:, 0]
+    elif actions.ndim == 1 and shape == (1,):
+        actions = actions[:, None]
+    if actions.shape[1:] != shape:
+        raise DatasetError(f"{where}: actions have shape {actions.shape[1:]}, the dataset's action_space says {shape}.")
     if isinstance(action_space, spaces.Box):
-        if actions.shape[1:] != action_space.shape:
-            raise DatasetError(
-                f"{where}: actions have shape {actions.shape[1:]}, the dataset's action_space says "
-                f"{action_space.shape}."
-            )
-        slack = 1e-5 * np.maximum(np.abs(np.stack([action_space.low, action_space.high])), 1)  # a float32's rounding
-        outside = ~((actions >= action_space.low - slack[0]) & (actions <= action_space.high + slack[1]))  # NaN too
-        _refuse(outside, where, lambda step: f"action {actions[step]} is outside {action_space}. {_DROP}")
+        if clip:
+            _refuse(~np.isfinite(actions), where, lambda step: f"action {actions[step]} is no number. {_DROP}")
+            return actions.astype(action_space.dtype)
+        outside = outside_bounds(actions, action_space)
+        share = outside.reshape(len(outside), -1).any(axis=1).mean() if len(outside) else 0.0
+        _refuse(
+            outside,
+            where,
+            lambda step: (
+                f"action {actions[step]} is outside {short_space(action_space)}, as are those of {share:.2%} "
+                "of this episode's steps. Clip them with transforms=['clip_actions'] if they are only a little "
+                f"outside. Otherwise: {_DROP}"
+            ),
+        )
         return actions.astype(action_space.dtype)
-    flat = actions.reshape(-1)
-    if flat.dtype.kind not in "iub":
-        broken = ~(np.isfinite(flat) & (flat == np.round(flat)))
-        _refuse(broken, where, lambda step: f"action {flat[step]} is no whole number. {_DROP}")
-    whole = flat.astype(np.int64)
-    outside = (whole < 0) | (whole >= action_space.n)
-    _refuse(outside, where, lambda step: f"action {whole[step]} is outside Discrete({action_space.n}). {_DROP}")
-    return whole
+    return _check_counts(actions, action_space, where, "action")
+
+
+def outside_bounds(actions: NDArray[Any], space: spaces.Box) -> NDArray[np.bool_]:
+    """Which numbers of actions ``[T, ...]`` are not between their bounds, beyond a float32's rounding; NaN is not."""
+    slack = 1e-5 * np.maximum(np.abs(np.stack([space.low, space.high])), 1)
+    found: NDArray[np.bool_] = ~((actions >= space.low - slack[0]) & (actions <= space.high + slack[1]))
+    return found
 
 
 def check_episode(
     episode: dict[str, Any],
     index: int,
     name: str,
-    observation_space: spaces.Box,
+    observation_space: spaces.Space[Any],
     action_space: ActionSpace,
-    strict: bool = True,
+    strict: bool = False,
+    clip: bool = False,
+    notices: Counter[str] | None = None,
 ) -> CheckedEpisode:
     """
-    Check one episode as Minari's storages give it; errors name its number ``index`` and the step.
+    Check one episode as Minari's storages give it; errors name its number ``index``, the step and the entry.
 
-    Unless ``strict``, one-step episodes are accepted, and termination wins over truncation.
+    Unless ``strict``, one-step episodes are accepted, and termination wins over truncation; ``notices`` counts both.
+    The observations become flat, see :func:`~sb3_ext.data.trees.flat_space`.
     """
     where = f"{name}, episode {index}"
+    notices = Counter() if notices is None else notices
     rewards = np.asarray(episode["rewards"]).reshape(-1)
-    observations, actions = np.asarray(episode["observations"]), np.asarray(episode["actions"])
+    try:
+        observations = flat_observations(episode["observations"], observation_space)
+    except KeyError as error:
+        raise DatasetError(
+            f"{where}: observations have no entry {error.args[0]!r}, the dataset's observation_space has. {_DROP}"
+        ) from error
+    actions = np.asarray(episode["actions"])
     terminations = np.asarray(episode["terminations"], bool).reshape(-1)
     truncations = np.asarray(episode["truncations"], bool).reshape(-1)
     steps = len(rewards)
     if steps == 0:
         raise DatasetError(f"{where} has no step. Drop it with dataset.filter_episodes(lambda e: len(e) > 0).")
-    if steps == 1 and strict:
-        raise DatasetError(
-            f"{where} has one step only, which is often an artefact of recording. Pass strict=False if it is meant, or "
-            "drop it with dataset.filter_episodes(lambda e: len(e) > 1)."
-        )
+    if steps == 1:
+        if strict:
+            raise DatasetError(
+                f"{where} has one step only, which is often an artefact of recording. Pass strict=False if it is "
+                "meant, or drop it with dataset.filter_episodes(lambda e: len(e) > 1)."
+            )
+        notices["one step"] += 1
+    entries = observations if isinstance(observations, dict) else {"": observations}
     sizes = {
-        "observations": (len(observations), steps + 1),
-        "actions": (len(actions) if isinstance(action_space, spaces.Box) else actions.size, steps),
+        **{f"observations{f'[{key!r}]' if key else ''}": (len(x), steps + 1) for key, x in entries.items()},
+        "actions": (len(actions), steps),
         "terminations": (len(terminations), steps),
         "truncations": (len(truncations), steps),
     }
@@ -276,13 +347,16 @@ def check_episode(
                 f"{where}: {found} {field} for {steps} rewards, expected {wanted}. The episode was not stored whole."
             )
     _refuse(~(np.abs(rewards) <= _LARGEST), where, lambda step: f"the reward is {rewards[step]}. {_DROP}")
-    observations = check_observations(observations, observation_space, where)
-    actions = check_actions(actions, action_space, where)
-    unclear = (
-        "marked both terminated and truncated, so it is unclear whether to bootstrap. Pass strict=False to let "
-        "termination win."
-    )
+    observations = check_observations(observations, flat_space(observation_space), where)
+    actions = check_actions(actions, action_space, where, clip)
+    both = terminations & truncations
+    if both.any():
+        unclear = (
+            "marked both terminated and truncated, so it is unclear whether to bootstrap. Pass strict=False to let "
+            "termination win."
+        )
+        _refuse(both & strict, where, lambda step: unclear)
+        notices["both ends"] += 1
     early = f"the episode ends here, but {steps} steps are stored. Store what follows as an episode of its own."
-    _refuse(terminations & truncations & strict, where, lambda step: unclear)
     _refuse((terminations | truncations)[:-1], where, lambda step: early)
     return CheckedEpisode(observations, actions, rewards, bool(terminations[-1]))

@@ -18,11 +18,26 @@ ATARI_MAX_STEPS = 27_000
 """Agent steps after which Dopamine ends an episode (30 minutes of play at 60 Hz and frame skip 4)."""
 
 
+SMALLEST_PICTURE = 36
+"""Pixels on a side that SB3's Nature CNN needs."""
+
+
 def is_frame_space(space: spaces.Space[Any]) -> bool:
     """Tell pictures: uint8 boxes from 0 to 255 of two (height, width) or three dimensions."""
     if not isinstance(space, spaces.Box) or len(space.shape) not in (2, 3) or space.dtype != np.uint8:
         return False
     return bool((space.low == 0).all()) and bool((space.high == 255).all())
+
+
+def policy_for(space: spaces.Space[Any]) -> str:
+    """Name of the policy, and so the kind of network, that SB3 has for observations of a dataset."""
+    if isinstance(space, spaces.Dict):
+        return "MultiInputPolicy"
+    if not is_frame_space(space):
+        return "MlpPolicy"
+    assert space.shape is not None
+    sides = space.shape if len(space.shape) == 2 else sorted(space.shape)[1:]  # the channels are fewer
+    return "CnnPolicy" if min(sides) >= SMALLEST_PICTURE else "MlpPolicy"
 
 
 def to_channel_first(observations: NDArray[Any], space: spaces.Space[Any]) -> NDArray[Any]:
@@ -37,12 +52,14 @@ def to_channel_first(observations: NDArray[Any], space: spaces.Space[Any]) -> ND
     return observations if is_image_space_channels_first(space) else np.moveaxis(observations, -1, -3)
 
 
-def stacked_space(space: spaces.Box, frame_stack: int) -> spaces.Box:
+def stacked_space(space: Any, frame_stack: int) -> Any:
     """
     Space of an agent that sees ``frame_stack`` observations of ``space``.
 
-    They are concatenated along the first (channel) axis after :func:`to_channel_first`.
+    They are concatenated along the first (channel) axis after :func:`to_channel_first`. Other spaces than ``Box`` stay.
     """
+    if not isinstance(space, spaces.Box):
+        return space
     low, high = to_channel_first(space.low, space), to_channel_first(space.high, space)
     return spaces.Box(np.concatenate([low] * frame_stack), np.concatenate([high] * frame_stack), dtype=space.dtype.type)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import torch as th
@@ -25,7 +27,9 @@ from sb3_ext.data.cache import Arrays, NotStacks, RamSink, cache_folder, cache_k
 from sb3_ext.data.checks import DatasetError, check_padding, choose_padding, ready_made_frames
 from sb3_ext.data.envs import StackFrames, is_frame_space, padding_shown_by, stacked_space, to_channel_first
 from sb3_ext.data.source import DatasetLike as DatasetLike
-from sb3_ext.data.source import Source, env_spec, open_source
+from sb3_ext.data.source import Source, building, env_spec, open_source
+from sb3_ext.data.transforms.pipeline import TransformedEnv, TransformLike
+from sb3_ext.data.trees import short_space
 from sb3_ext.data.write import return_statistics
 from sb3_ext.replay.dataset import OfflineReplayBuffer, PrioritizedOfflineReplayBuffer
 from sb3_ext.replay.device import DeviceFrames
@@ -43,8 +47,10 @@ def choose_episodes(lengths: NDArray[np.int64], subset: float, seed: int) -> NDA
     return np.sort(order[:wanted])
 
 
-def default_frame_stack(space: spaces.Box) -> int:
+def default_frame_stack(space: spaces.Space[Any]) -> int:
     """Frames per observation if the user does not say: 4 for pictures with one channel, 1 for everything else."""
+    if not isinstance(space, spaces.Box):
+        return 1
     return 4 if is_frame_space(space) and to_channel_first(space.low, space).shape[0] == 1 else 1
 
 
@@ -61,14 +67,28 @@ def _choose_padding_type(name: str, given: str | None, fitting: frozenset[str]) 
     return given
 
 
+def _digest(function: Any, name: str) -> str:
+    """Tell one function or transform of the user's from another, so that cached data is the one it made."""
+    try:
+        return hashlib.sha256(cloudpickle.dumps(function)).hexdigest()
+    except Exception as error:
+        raise DatasetError(
+            f"{name}: a transform cannot be told from others for the cache ({type(error).__name__}: {error}). Use "
+            "storage='ram', which has no cache."
+        ) from error
+
+
 def _read(
     source: Source, storage: str, folder: Path, subset: float, seed: int, strict: bool, n_frames: int
 ) -> tuple[FrameStore, Arrays]:
     """Frames and the rest of a dataset, from the cache if they are there; stacks of ``n_frames`` are taken apart."""
     compressed = storage == "compressed"
-    key = cache_key(source, compressed, subset, seed if subset < 1 else None, strict, n_frames)
-    if storage != "ram" and (cached := open_cache(folder / key)) is not None:
-        return cached
+    key = ""
+    if storage != "ram":
+        transforms = [t if isinstance(t, str) else _digest(t, source.name) for t in source.pipeline.names]
+        key = cache_key(source, compressed, subset, seed if subset < 1 else None, strict, n_frames, transforms)
+        if (cached := open_cache(folder / key)) is not None:
+            return cached
     opened = source.open()
     lengths = source.episode_lengths(opened)
     chosen = choose_episodes(lengths, subset, seed)
@@ -90,13 +110,14 @@ def _read(
 def load_minari(
     dataset: DatasetLike,
     *,
+    transforms: Sequence[TransformLike] | TransformLike | None = None,
     frame_stack: int | None = None,
     padding_type: str | None = None,
     subset: float = 1.0,
     subset_seed: int = 0,
     storage: str = "mmap",
     cache_dir: str | os.PathLike[str] | None = None,
-    strict: bool = True,
+    strict: bool = False,
     build_env: bool = False,
     n_steps: int = 1,
     gamma: float = 0.99,
@@ -111,7 +132,14 @@ def load_minari(
     algorithms store them. The data is checked completely before anything is returned. Nothing the dataset names is
     executed: its environment is not built.
 
+    Observations are those that SB3's policies take. Nested ``Dict`` and ``Tuple`` observations become one ``Dict`` with
+    entries such as ``goal/achieved``. Text is left out with a notice. Numbers of things count from 0.
+
     :param dataset: a ``MinariDataset`` (its episode filter is respected), an id (local, else downloaded) or a path
+    :param transforms: what to make of observations, actions and rewards, in order: names such as ``"atari"``,
+        ``"flatten"``, ``"drop:mission"``, ``"tokens"`` or ``"clip_actions"``, functions of observations ``[n, ...]``,
+        or :class:`~sb3_ext.data.Transform` objects. :class:`~sb3_ext.data.TransformedEnv` does the same to an
+        environment. All names are in ``docs/datasets.md``
     :param frame_stack: frames per observation; ready-made stacks are recognised and taken apart; default: 4 for
         pictures with one channel, else 1
     :param padding_type: what stands before an episode's first frame: ``"zero"``, or ``"reset"`` for that frame again,
@@ -123,8 +151,8 @@ def load_minari(
         from; ``"ram"``: raw in RAM, nothing written to disk; ``"device"``: as ``"mmap"``, and a copy
         on the device, where batches are then cut out: the fastest on a GPU, if its memory holds 7 kB a step of 84x84
     :param cache_dir: the cache; default ``$SB3_EXT_CACHE``, else the user's cache folder
-    :param strict: False accepts episodes of one step, and lets termination win where a step is marked terminated and
-        truncated
+    :param strict: refuse episodes of one step, and steps that are marked both terminated and truncated. Otherwise they
+        are accepted with a notice, and termination wins
     :param build_env: allow building the dataset's environment if the metadata lacks its spaces (runs code it names)
     :param n_steps: see :class:`~sb3_ext.replay.dataset.OfflineReplayBuffer`
     :param gamma: likewise
@@ -146,10 +174,15 @@ def load_minari(
         raise ValueError(f"frame_stack must be at least 1, got {frame_stack}.")
     if padding_type is not None:
         check_padding_type(padding_type)
-    source = open_source(dataset, build_env, continuous=True)
-    source.warn_if_lossy()
+    source = open_source(dataset, build_env, transforms)
+    if not isinstance(source.observation_space, spaces.Box) and (frame_stack or 1) > 1:
+        raise ValueError(
+            f"frame_stack={frame_stack} stacks Box observations, those of {source.name} are "
+            f"{short_space(source.observation_space)}. Leave frame_stack out."
+        )
     n_frames = ready_made_frames(source.observation_space, frame_stack)
     frames, arrays = _read(source, storage, cache_folder(cache_dir), subset, subset_seed, strict, n_frames)
+    source.warn()
     if storage == "device":
         frames = DeviceFrames.copy_of(frames, get_device(device))
     if arrays.n_frames > 1:
@@ -179,6 +212,7 @@ def load_minari(
         "dataset_id": source.name,
         "env_id": (env_spec(source.metadata) or {}).get("id"),
         "algorithm_name": source.metadata.get("algorithm_name"),
+        "transforms": source.pipeline.names,
         "frame_stack": stack,
         "padding_type": buffer.padding_type,
         "recorded_stacks": arrays.n_frames > 1,
@@ -208,6 +242,22 @@ def match_padding(buffer: OfflineReplayBuffer, venv: VecEnv, fixed: bool = False
     buffer.info["padding_type"] = buffer.padding_type
 
 
+def dataset_spaces(
+    dataset: DatasetLike, transforms: Sequence[TransformLike] | TransformLike | None = None, build_env: bool = False
+) -> tuple[spaces.Space[Any], spaces.Space[Any]]:
+    """
+    Spaces of a dataset's observations and actions as :func:`load_minari` gives them, before frames are stacked.
+
+    :param dataset: as in :func:`load_minari`
+    :param transforms: as in :func:`load_minari`
+    :param build_env: as in :func:`load_minari`
+    :return: observation space and action space
+    :raises DatasetError: as :func:`load_minari` does, as far as the metadata shows it
+    """
+    source = open_source(dataset, build_env, transforms)
+    return source.observation_space, source.action_space
+
+
 def _recorded_padding(source: Source, n_frames: int) -> frozenset[str] | None:
     """Padding types of the first episode's stacks, which the environment makes itself; None if it has no stacks."""
     if n_frames == 1:
@@ -223,8 +273,10 @@ def make_eval_env(
     dataset: DatasetLike,
     *,
     n_envs: int = 1,
+    transforms: Sequence[TransformLike] | TransformLike | None = None,
     frame_stack: int | None = None,
     padding_type: str | None = None,
+    build_env: bool = False,
     seed: int | None = None,
     **kwargs: Any,
 ) -> VecEnv:
@@ -235,17 +287,21 @@ def make_eval_env(
 
     :param dataset: as in :func:`load_minari`
     :param n_envs: copies
+    :param transforms: as in :func:`load_minari`; they see what the environment shows, while the monitor below them
+        keeps the rewards as they are
     :param frame_stack: as in :func:`load_minari`
+    :param build_env: as in :func:`load_minari`
     :param padding_type: as in :func:`load_minari`; ready-made stacks are the environment's own and not stacked again
     :param seed: seed of the first copy; the others count up
     :param kwargs: passed to ``gymnasium.make``, for instance ``render_mode="rgb_array"``
     :return: the environment, monitored
-    :raises DatasetError: if the dataset does not name an environment, or ready-made stacks have another padding type
+    :raises DatasetError: if the dataset does not name an environment, a package that it needs is missing, or ready-made
+        stacks have another padding type
     :raises ValueError: for an unknown padding type
     """
     if padding_type is not None:
         check_padding_type(padding_type)
-    source = open_source(dataset, continuous=True)
+    source = open_source(dataset, build_env, transforms)
     fields_of_spec = env_spec(source.metadata)
     if fields_of_spec is None:
         raise DatasetError(
@@ -261,10 +317,13 @@ def make_eval_env(
     padding = _choose_padding_type(source.name, padding_type, recorded or frozenset(PADDING_TYPES))
 
     def make() -> gym.Env[Any, Any]:
-        env = Monitor(gym.make(spec, **kwargs))
+        env: gym.Env[Any, Any] = Monitor(gym.make(spec, **kwargs))
+        if not source.pipeline.changes_nothing:
+            env = TransformedEnv(env, source.pipeline.names)
         return StackFrames(env, stack, padding) if stack > 1 or is_frame_space(source.observation_space) else env
 
-    venv = DummyVecEnv([make] * n_envs)
+    with building(source.metadata, source.name):
+        venv = DummyVecEnv([make] * n_envs)
     if seed is not None:
         venv.seed(seed)
     return venv

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from sb3_ext.data.checks import CheckedEpisode
 from sb3_ext.data.envs import is_frame_space, to_channel_first
 from sb3_ext.data.hub.card import plot_returns
 from sb3_ext.data.source import DatasetLike, Source, open_source
+from sb3_ext.data.transforms.pipeline import TransformLike
+from sb3_ext.data.trees import each, joined
 
 _MOST_DIMENSIONS = 16
 """Of a vector that are drawn; a picture of more is unreadable."""
@@ -55,20 +59,20 @@ class Transitions:
     """
     A few transitions.
 
-    :param observations: ``[n, *observation_shape]``
+    :param observations: ``[n, *observation_shape]``, a dictionary of those for ``Dict`` observations
     :param actions: ``[n]`` or ``[n, *action_shape]``
     :param rewards: ``[n]``
-    :param next_observations: ``[n, *observation_shape]``
+    :param next_observations: likewise
     :param terminated: whether the task ended with the step, ``[n]``
     :param truncated: whether the episode was cut after the step, ``[n]``
     :param episodes: they are from, ``[n]``
     :param steps: within the episode, from 0, ``[n]``
     """
 
-    observations: NDArray[Any]
+    observations: Any
     actions: NDArray[Any]
     rewards: NDArray[Any]
-    next_observations: NDArray[Any]
+    next_observations: Any
     terminated: NDArray[np.bool_]
     truncated: NDArray[np.bool_]
     episodes: NDArray[np.int64]
@@ -77,29 +81,45 @@ class Transitions:
     def lines(self) -> list[str]:
         """Write each as one line of JSON; of observations with more than 64 numbers only type and shape."""
 
-        def plain(array: NDArray[Any]) -> Any:
+        def plain(given: Any) -> Any:
+            array = np.asarray(given)
             return array.tolist() if array.size <= 64 else f"{array.dtype} {array.shape}"
 
-        return [
-            json.dumps({name: plain(np.asarray(values[k])) for name, values in vars(self).items()})
-            for k in range(len(self.rewards))
-        ]
+        rows = ({name: each(x, itemgetter(k)) for name, x in vars(self).items()} for k in range(len(self.rewards)))
+        return [json.dumps({name: each(x, plain) for name, x in row.items()}) for row in rows]
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Everything by name; entries of observations as ``observations/position`` and so on."""
+        found: dict[str, NDArray[Any]] = {}
+        for name, values in vars(self).items():
+            found.update(
+                {f"{name}/{key}": x for key, x in values.items()} if isinstance(values, dict) else {name: values}
+            )
+        return found
 
 
-def sample_transitions(dataset: DatasetLike, n: int = 10, seed: int = 0) -> Transitions:
+def sample_transitions(
+    dataset: DatasetLike,
+    n: int = 10,
+    seed: int = 0,
+    transforms: Sequence[TransformLike] | TransformLike | None = None,
+    build_env: bool = False,
+) -> Transitions:
     """
     Draw transitions from all over a dataset, every step with the same probability and at most once.
 
     :param dataset: a ``MinariDataset``, an id (local, else downloaded) or a path
     :param n: how many; all of them if there are fewer
     :param seed: of the draw
+    :param transforms: as in :func:`~sb3_ext.load_minari`
+    :param build_env: as in :func:`~sb3_ext.load_minari`
     :return: the transitions, in the order of the data
     :raises DatasetError: if the dataset is missing, or one of these episodes is damaged or invalid
     :raises ValueError: if ``n`` is not positive
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}.")
-    source = open_source(dataset, continuous=True)
+    source = open_source(dataset, build_env, transforms)
     storage = source.open()
     lengths = source.episode_lengths(storage)
     ends = np.cumsum(lengths)
@@ -111,12 +131,24 @@ def sample_transitions(dataset: DatasetLike, n: int = 10, seed: int = 0) -> Tran
     parts = []
     for position, episode in zip(chosen.tolist(), episodes, strict=True):
         t = steps[owners == position]
-        states, following = episode.observations[t], episode.observations[t + 1]
+        states, following = (each(episode.observations, itemgetter(at)) for at in (t, t + 1))
         last, numbers = t == len(episode.rewards) - 1, np.full(len(t), source.episodes[position])
         terminated, truncated = last & episode.terminated, last & (not episode.terminated)
         step = (states, episode.actions[t], episode.rewards[t], following, terminated, truncated)
         parts.append((*step, numbers, t))
-    return Transitions(*map(np.concatenate, zip(*parts, strict=True)))
+    return Transitions(*(joined(list(column)) for column in zip(*parts, strict=True)))
+
+
+def _to_draw(observations: Any, space: Any) -> tuple[NDArray[Any], Any]:
+    """What of an episode is drawn: its first pictures, else everything as one vector."""
+    if not isinstance(space, spaces.Dict):
+        return np.asarray(observations), space if isinstance(space, spaces.Box) else spaces.flatten_space(space)
+    for key, entry in space.spaces.items():
+        if isinstance(entry, spaces.Box) and len(entry.shape) in (2, 3):
+            return observations[key], entry
+    columns = [np.asarray(x).reshape(len(x), -1) for x in observations.values()]
+    vectors = np.concatenate(columns, axis=1)
+    return vectors, spaces.Box(-np.inf, np.inf, vectors.shape[1:])
 
 
 def picture(observation: NDArray[Any], space: spaces.Box) -> NDArray[Any]:
@@ -140,7 +172,7 @@ def _read_one(source: Source, number: int | None) -> tuple[int, CheckedEpisode, 
     """Episode of that number, or the first of those with the largest return; and all returns."""
     storage = source.open()
     lengths = source.episode_lengths(storage)
-    facts = list(storage.get_episode_metadata(source.episodes.tolist()))
+    facts = source.facts(storage)
     if all("rewards_sum" in fact for fact in facts):
         returns = np.array([float(fact["rewards_sum"]) for fact in facts])
     else:
@@ -158,7 +190,13 @@ def _read_one(source: Source, number: int | None) -> tuple[int, CheckedEpisode, 
 
 
 def show_dataset(
-    dataset: DatasetLike, path: str | os.PathLike[str], *, episode: int | None = None, frames: int = 12
+    dataset: DatasetLike,
+    path: str | os.PathLike[str],
+    *,
+    episode: int | None = None,
+    frames: int = 12,
+    transforms: Sequence[TransformLike] | TransformLike | None = None,
+    build_env: bool = False,
 ) -> Path:
     """
     Draw one episode and the returns of all: frames at even distances, or each dimension of a vector over the steps.
@@ -167,6 +205,8 @@ def show_dataset(
     :param path: where to write the picture (PNG); its folder is made if missing
     :param episode: number of the episode; default: the one with the largest return
     :param frames: how many frames
+    :param transforms: as in :func:`~sb3_ext.load_minari`
+    :param build_env: as in :func:`~sb3_ext.load_minari`
     :return: ``path``
     :raises DatasetError: if the dataset is missing, damaged or invalid
     :raises ValueError: if there is no such episode, or ``frames`` is not positive
@@ -178,9 +218,10 @@ def show_dataset(
         raise ImportError('Pictures need: pip install "sb3-ext[report]"') from error
     if frames < 1:
         raise ValueError(f"frames must be at least 1, got {frames}.")
-    source = open_source(dataset, continuous=True)
+    source = open_source(dataset, build_env, transforms)
     number, shown, returns = _read_one(source, episode)
-    pictures = len(source.observation_space.shape) > 1
+    drawn, space = _to_draw(shown.observations, source.observation_space)
+    pictures = len(space.shape) > 1
     columns = 6
     steps = np.unique(np.linspace(0, len(shown.rewards), frames).round().astype(int)) if pictures else np.array([0])
     rows = -(-len(steps) // columns) if pictures else 2
@@ -195,11 +236,11 @@ def show_dataset(
         for axes in grid.flat:
             axes.set_axis_off()
         for axes, step in zip(grid.flat, steps.tolist(), strict=False):
-            axes.imshow(picture(shown.observations[step], source.observation_space), cmap="gray")
+            axes.imshow(picture(drawn[step], space), cmap="gray")
             axes.set_title(f"step {step}", fontsize=8)
     else:
         axes = above.subplots()
-        for k, line in enumerate(shown.observations.reshape(len(shown.observations), -1).T[:_MOST_DIMENSIONS]):
+        for k, line in enumerate(drawn.reshape(len(drawn), -1).T[:_MOST_DIMENSIONS]):
             axes.plot(line, label=str(k), linewidth=1)
         axes.legend(title="dimension", fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
         axes.set_xlabel("step")

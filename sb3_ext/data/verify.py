@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,11 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from sb3_ext.data.checks import CheckedEpisode, DatasetError
-from sb3_ext.data.envs import is_frame_space, to_channel_first
+from sb3_ext.data.envs import SMALLEST_PICTURE, is_frame_space, to_channel_first
 from sb3_ext.data.hub.manifest import differences
 from sb3_ext.data.source import DatasetLike, Source, find_path, open_source
+from sb3_ext.data.transforms.pipeline import TransformLike
+from sb3_ext.data.trees import each
 from sb3_ext.data.write import return_statistics
 
 _SHOWN = 20
@@ -83,17 +87,30 @@ class _Tally:
     """Some states as vectors, with the actions taken there and the episodes they are from."""
 
 
-def _small(observations: NDArray[Any], space: spaces.Box) -> NDArray[np.float32]:
+def _small(observations: Any, space: Any) -> NDArray[np.float32]:
     """Observations as short vectors; pictures coarse, the newest frame alone."""
-    if not is_frame_space(space):
-        return observations.reshape(len(observations), -1).astype(np.float32)
+    if isinstance(space, spaces.Dict):
+        parts: NDArray[np.float32] = np.hstack([_small(observations[key], x) for key, x in space.spaces.items()])
+        return parts
+    if not is_frame_space(space) or max(space.shape) < SMALLEST_PICTURE:
+        vectors: NDArray[np.float32] = observations.reshape(len(observations), -1).astype(np.float32)
+        return vectors
     frames = to_channel_first(observations, space)[:, -1]
     step = max(1, frames.shape[1] // 21)
     return frames[:, ::step, ::step].reshape(len(frames), -1).astype(np.float32)
 
 
+def _described(space: Any) -> str:
+    if isinstance(space, spaces.Dict):
+        return ", ".join(f"{key}: {_described(entry)}" for key, entry in space.spaces.items())
+    return f"{space.dtype} {space.shape}" if isinstance(space, spaces.Box) else str(space)
+
+
 def _add(tally: _Tally, source: Source, number: int, episode: CheckedEpisode, chosen: NDArray[np.bool_]) -> None:
-    digest = hashlib.blake2b(np.ascontiguousarray(episode.observations).tobytes(), digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
+    entries = episode.observations
+    for array in entries.values() if isinstance(entries, dict) else [entries]:
+        digest.update(np.ascontiguousarray(array).tobytes())
     digest.update(np.ascontiguousarray(episode.actions).tobytes())
     digest.update(np.asarray(episode.rewards, np.float64).tobytes())
     first = tally.digests.setdefault(digest.digest(), number)
@@ -109,8 +126,9 @@ def _add(tally: _Tally, source: Source, number: int, episode: CheckedEpisode, ch
     steps = np.flatnonzero(chosen)
     if len(steps):
         # with the state before, because one picture shows no motion
-        both = (_small(episode.observations[t], source.observation_space) for t in (steps, np.maximum(steps - 1, 0)))
-        tally.states.append((np.hstack([*both]), episode.actions[steps], np.full(len(steps), number)))
+        at = [each(entries, itemgetter(t)) for t in (steps, np.maximum(steps - 1, 0))]
+        both = [_small(observations, source.observation_space) for observations in at]
+        tally.states.append((np.hstack(both), episode.actions[steps], np.full(len(steps), number)))
 
 
 def _read(source: Source, errors: list[str]) -> _Tally:
@@ -126,7 +144,7 @@ def _read(source: Source, errors: list[str]) -> _Tally:
     for number, steps in zip(source.episodes.tolist(), lengths.tolist(), strict=True):
         try:
             raw = next(source.raw(storage, np.array([number])))
-            episode = source.check(raw, number, steps, strict=True)
+            episode = source.check(raw, number, steps, strict=False)
         except DatasetError as error:
             errors.append(str(error))
             continue
@@ -142,7 +160,7 @@ def _read(source: Source, errors: list[str]) -> _Tally:
 
 
 def _warn(source: Source, tally: _Tally) -> list[str]:
-    found = [source.lossy] if source.lossy else []
+    found = source.found()
     if tally.cut:
         found.append(
             f"{tally.cut} episodes just stop: their last step is neither terminated nor truncated. It bootstraps, as a "
@@ -163,7 +181,11 @@ def _warn(source: Source, tally: _Tally) -> list[str]:
     return found
 
 
-def verify_dataset(dataset: DatasetLike) -> DatasetReport:
+def verify_dataset(
+    dataset: DatasetLike,
+    transforms: Sequence[TransformLike] | TransformLike | None = None,
+    build_env: bool = False,
+) -> DatasetReport:
     """
     Read a whole dataset, list everything that is wrong with it, and judge whether CQL can learn from it.
 
@@ -173,13 +195,15 @@ def verify_dataset(dataset: DatasetLike) -> DatasetReport:
     time is in RAM. The environment that the dataset names is not built.
 
     :param dataset: a ``MinariDataset`` (its episode filter is respected), an id (local, else downloaded) or a path
+    :param transforms: as in :func:`~sb3_ext.load_minari`; what is judged is what comes out of them
+    :param build_env: as in :func:`~sb3_ext.load_minari`
     :return: the report; ``report.ok`` and ``report.errors``, ``str(report)`` for people
     :raises DatasetError: if there is no such dataset
     :raises TypeError: if it is not a dataset
     """
     place = find_path(dataset) if isinstance(dataset, (str, os.PathLike)) else None
     try:
-        source = open_source(dataset if place is None else place, continuous=True)
+        source = open_source(dataset if place is None else place, build_env, transforms)
     except DatasetError as error:
         name = str(place.parent.name if place else dataset)
         return DatasetReport(name, [str(error), *((differences(place.parent) if place else None) or [])], [], {}, None)
@@ -200,7 +224,7 @@ def verify_dataset(dataset: DatasetLike) -> DatasetReport:
         "cut": tally.cut,
         "repeated": len(tally.repeated),
         "behaviour_return": return_statistics(tally.returns),
-        "observations": f"{source.observation_space.dtype} {source.observation_space.shape}",
+        "observations": _described(source.observation_space),
         "megabytes": sum(f.stat().st_size for f in source.path.rglob("*") if f.is_file()) / 1e6,
     }
     shares, agreement = None, None
@@ -287,7 +311,7 @@ def judge(
     """
     hindrances = {
         "the errors above must be mended first": not valid,
-        "actions are continuous and CQL takes discrete ones; GAIL learns from continuous ones": shares is None,
+        "actions are not Discrete, which CQL needs; BC and GAIL learn from others": shares is None,
         "every reward is 0: there is nothing to tell good from bad; behaviour cloning needs none": not rewarded,
         "only one action was ever tried": shares is not None and np.count_nonzero(shares) < 2,
     }

@@ -21,9 +21,10 @@ from minari.dataset.minari_storage import MinariStorage
 from minari.storage.datasets_root_dir import get_dataset_path
 from numpy.typing import NDArray
 
-from sb3_ext.data.checks import check_spaces
+from sb3_ext.data.checks import check_action_space
 from sb3_ext.data.envs import is_frame_space
 from sb3_ext.data.folders import dataset_folder, ensure_namespace
+from sb3_ext.data.transforms.pipeline import Pipeline
 from sb3_ext.files import remove_leftovers
 from sb3_ext.replay.frames import unpack_frames
 
@@ -155,7 +156,7 @@ def check_new_dataset(
     check_new_id(dataset_id, overwrite)
     if data_format is not None and data_format not in _FORMATS:
         raise ValueError(f"data_format must be one of {', '.join(_FORMATS)}, not {data_format!r}.")
-    check_spaces(env.observation_space, env.action_space, dataset_id, continuous=True)
+    Pipeline(None, env.observation_space, check_action_space(env.action_space, dataset_id), dataset_id)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come when the dataset is written
         plain_spec(env)

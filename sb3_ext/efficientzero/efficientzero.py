@@ -19,6 +19,7 @@ from sb3_ext.arguments import check_least, check_share
 from sb3_ext.cuda_graphs import GraphedLoss
 from sb3_ext.data.envs import padding_shown_by
 from sb3_ext.data.load import DatasetLike
+from sb3_ext.data.transforms.pipeline import transforms_of
 from sb3_ext.efficientzero.explain import Explanation, explain
 from sb3_ext.efficientzero.loss import random_intensity, random_shift, unroll, unrolled_loss
 from sb3_ext.efficientzero.masking import MaskedCollection
@@ -155,8 +156,8 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
     ) -> None:
         if policy == "MultiInputPolicy":
             raise ValueError(
-                "EfficientZeroV2 needs Box observations, not Dict: flatten them with gymnasium.wrappers."
-                "FlattenObservation, and take MlpPolicy."
+                "EfficientZeroV2 needs Box observations, not Dict: wrap the environment in "
+                "sb3_ext.data.TransformedEnv(env, 'flatten'), and take MlpPolicy."
             )
         check_least(
             1, n_steps=n_steps, unroll_steps=unroll_steps, num_simulations=num_simulations, batch_size=batch_size,
@@ -311,7 +312,7 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
         """
         buffer = self.replay_buffer
         assert isinstance(buffer, SequenceReplayBuffer)
-        fill_replay_buffer(buffer, dataset, self.policy, self._padding_shown)
+        fill_replay_buffer(buffer, dataset, self.policy, self._padding_shown, transforms_of(self.env))
         begin_statistics(self._vec_normalize_env, lambda i: buffer.store.take(i, i)[0], buffer.size())
         if not self._custom_logger and not hasattr(self, "_logger"):
             self._logger = configure_logger(self.verbose, self.tensorboard_log, "pretrain")

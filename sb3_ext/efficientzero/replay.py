@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_ext.data import checks
 from sb3_ext.data.envs import to_channel_first
 from sb3_ext.data.load import DatasetLike
-from sb3_ext.data.source import open_source
+from sb3_ext.data.source import open_for_agent
 from sb3_ext.replay.device import DeviceRings
 from sb3_ext.replay.frames import PADDING_TYPES, split_stacks, stack_episode
 from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
@@ -252,6 +252,7 @@ def fill_replay_buffer(
     dataset: DatasetLike,
     policy: BasePolicy,
     padding_shown: Callable[[int], frozenset[str]] = lambda n_frames: frozenset(PADDING_TYPES),
+    transforms: list[Any] | None = None,
 ) -> int:
     """
     Add every transition of a dataset, episode by episode, to the buffer of one environment; say how many.
@@ -259,7 +260,8 @@ def fill_replay_buffer(
     Single frames are stacked to what the agent sees. The dataset is read twice: it is checked as a whole before
     anything is added. The policy scales continuous actions. If there are stacks, ``padding_shown`` tells for so many
     frames per observation what the agent's environment has before an episode's first one, as
-    :func:`~sb3_ext.data.envs.padding_shown_by` does. Default: not known, so zeros.
+    :func:`~sb3_ext.data.envs.padding_shown_by` does. Default: not known, so zeros. ``transforms`` are those that the
+    environment goes through.
 
     :raises DatasetError: if the dataset is missing, damaged, of other spaces or larger than the buffer, or has recorded
         frame stacks that begin an episode otherwise than the environment's
@@ -267,8 +269,7 @@ def fill_replay_buffer(
     """
     if buffer.n_envs != 1:
         raise ValueError(f"A dataset can be learnt from with one environment only, there are {buffer.n_envs}.")
-    source = open_source(dataset, continuous=True)
-    source.warn_if_lossy()
+    source = open_for_agent(dataset, buffer.observation_space, transforms)
     stack = checks.frames_per_observation(source.name, source.observation_space, buffer.observation_space)
     checks.check_same_actions(source.name, source.action_space, buffer.action_space)
     storage = source.open()
@@ -281,7 +282,7 @@ def fill_replay_buffer(
         )
     same = source.observation_space.shape == buffer.observation_space.shape
     recorded, shown = checks.ready_made_frames(source.observation_space) if stack == 1 else 1, None
-    for number, episode in enumerate(source.read(storage, source.episodes, lengths, strict=True)):
+    for number, episode in enumerate(source.read(storage, source.episodes, lengths, strict=False)):
         if recorded > 1:
             frames = episode.observations if same else to_channel_first(episode.observations, source.observation_space)
             if shown is None and split_stacks(frames, recorded) is not None:
@@ -289,7 +290,8 @@ def fill_replay_buffer(
             if shown is not None:
                 checks.check_recorded_padding(source.name, number, frames, recorded, shown)
     padding_type = checks.choose_padding(source.name, padding_shown(stack), stack) if stack > 1 else "zero"
-    for episode in source.read(source.open(), source.episodes, lengths, strict=True):
+    source.warn()
+    for episode in source.read(source.open(), source.episodes, lengths, strict=False):
         frames = episode.observations if same else to_channel_first(episode.observations, source.observation_space)
         actions = np.asarray(episode.actions)
         if isinstance(buffer.action_space, spaces.Box):

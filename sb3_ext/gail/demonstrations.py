@@ -30,7 +30,8 @@ from sb3_ext.data.checks import (
     ready_made_frames,
 )
 from sb3_ext.data.envs import is_frame_space, padding_shown_by, to_channel_first
-from sb3_ext.data.source import DatasetLike, env_spec, open_source
+from sb3_ext.data.source import DatasetLike, env_spec, open_for_agent
+from sb3_ext.data.transforms.pipeline import transforms_of
 from sb3_ext.gail.discriminator import Batch
 from sb3_ext.normalize import begin_statistics
 from sb3_ext.replay.batch import unscaled
@@ -187,7 +188,7 @@ def _read(
     if not isinstance(observation_space, spaces.Box):
         raise TypeError(
             f"GAIL needs Box observations, the environment has {observation_space}; "
-            "wrap it in gymnasium.wrappers.FlattenObservation for instance."
+            "wrap it: sb3_ext.data.TransformedEnv(env, 'flatten'). The demonstrations follow."
         )
     if isinstance(demonstrations, (minari.MinariDataset, str, os.PathLike)):
         return _read_minari(demonstrations, observation_space, action_space, env)
@@ -220,12 +221,12 @@ def _all_are(kind: type, demonstrations: Any) -> bool:
 def _read_minari(
     dataset: DatasetLike, observation_space: spaces.Box, action_space: spaces.Space[Any], env: VecEnv | None
 ) -> tuple[str, list[Demonstration], spaces.Space[Any]]:
-    source = open_source(dataset, continuous=True)
-    source.warn_if_lossy()
+    source = open_for_agent(dataset, observation_space, transforms_of(env))
     check_same_actions(source.name, source.action_space, action_space)
     frames_per_observation(source.name, source.observation_space, observation_space)
     theirs, ours = (env_spec(source.metadata) or {}).get("id"), getattr(_spec(env), "id", None)
     found = [Demonstration(e.observations, e.actions, e.terminated) for e in source.read_all()]
+    source.warn()
     if theirs and ours and theirs != ours:
         message = f"{source.name} was made in {theirs}, the environment to train in is {ours}; their spaces agree."
         warnings.warn(message, stacklevel=2)

@@ -88,6 +88,21 @@ def unscaled(actions: Any, low: Any, high: Any) -> Any:
     return low + 0.5 * (actions + 1) * (high - low)
 
 
+def fields_of(records: Any, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """
+    Entries ``[..., *shape]`` of records: of an array ``[...]`` of that dtype, or of a tensor of bytes, ``[..., n]``.
+
+    They are views. The dtype must be aligned.
+    """
+    if isinstance(records, np.ndarray):
+        return {name: records[name] for name in dtype.names or ()}
+    found = {}
+    for name, (kind, start) in ((n, f[:2]) for n, f in (dtype.fields or {}).items()):
+        there = records[..., start : start + kind.itemsize]
+        found[name] = there.view(th.from_numpy(np.empty(0, kind.base)).dtype).unflatten(-1, kind.shape)
+    return found
+
+
 def _mapped(part: Any, function: Callable[[NDArray[Any]], Any]) -> Any:
     """Apply a function to an array, or to those of a dictionary; leave tensors and None alone."""
     if isinstance(part, dict):

@@ -12,7 +12,7 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ext.replay.batch import PrioritizedReplayBufferSamples, ReplayHooks, n_step_returns, to_device
+from sb3_ext.replay.batch import PrioritizedReplayBufferSamples, ReplayHooks, fields_of, n_step_returns, to_device
 from sb3_ext.replay.frames import FrameStore, check_padding_type, gather_stacks
 from sb3_ext.replay.priorities import Priorities
 
@@ -54,7 +54,8 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
     stacks are rebuilt when a batch is drawn. ``dones`` is 1 for terminations only, so truncated episodes bootstrap.
     Where the attribute ``clip_rewards`` is set, each reward is clipped to [-1, 1] before n of them are summed.
 
-    :param frames: the frames, channel first, ``[N, C, ...]``
+    :param frames: the frames, channel first, ``[N, C, ...]``; for ``Dict`` observations records, ``[N]``, whose fields
+        are their entries, see :class:`~sb3_ext.replay.frames.FrameStore`
     :param actions: action taken at each row, ``[N]``, or ``[N, *action_shape]`` as the environment got it; ignored at
         the last row of an episode
     :param rewards: reward received, ``[N]``; likewise
@@ -74,8 +75,8 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
         rewards: NDArray[np.float32],
         terminated: NDArray[np.bool_],
         lengths: NDArray[np.int64],
-        observation_space: spaces.Box,
-        action_space: spaces.Discrete | spaces.Box,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
         *,
         frame_stack: int = 1,
         padding_type: str = "zero",
@@ -110,7 +111,7 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
         self._age = (np.arange(n_rows) - np.repeat(starts, lengths + 1)).astype(np.int32)
         self._left = (np.repeat(lengths, lengths + 1) - self._age).astype(np.int32)
         self._rows = np.flatnonzero(self._left).astype(dtype)
-        self._action_dtype = np.int64 if isinstance(action_space, spaces.Discrete) else np.float32
+        self._action_dtype = np.float32 if isinstance(action_space, spaces.Box) else np.int64
         self.rng = np.random.default_rng(seed)
         self.info: dict[str, Any] = {}
 
@@ -164,11 +165,18 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
         return ReplayBufferSamples(observations, actions, next_observations, dones, rewards, discounts)
 
     def _stacks(self, rows: NDArray[np.int64]) -> tuple[Any, Any]:
+        if self.frames.dtype.names:
+            entries = fields_of(self.frames.take(rows[:, None] + np.arange(2)), self.frames.dtype)
+            return {k: x[:, 0] for k, x in entries.items()}, {k: x[:, 1] for k, x in entries.items()}
         age = self._age[rows].astype(np.int64)
         return gather_stacks(self.frames, rows, age, self.frame_stack, self.padding_type)
 
     def _normalized(self, observations: Any, env: VecNormalize | None) -> Any:
-        if env is not None and isinstance(observations, th.Tensor):
+        if env is None:
+            return observations
+        if isinstance(observations, dict):
+            observations = {k: x.cpu().numpy() if isinstance(x, th.Tensor) else x for k, x in observations.items()}
+        elif isinstance(observations, th.Tensor):
             observations = observations.cpu().numpy()
         return self._normalize_obs(observations, env)
 

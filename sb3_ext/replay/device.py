@@ -16,10 +16,16 @@ _CHUNK = 4096
 
 
 class DeviceFrames:
-    """A :class:`~sb3_ext.replay.frames.FrameStore` on a device, with a frame of zeros in row ``blank``."""
+    """
+    A :class:`~sb3_ext.replay.frames.FrameStore` on a device, with a frame of zeros in row ``blank``.
+
+    Of records, which PyTorch does not know, it keeps and gives the bytes, ``[..., n]``.
+    """
 
     def __init__(self, count: int, shape: tuple[int, ...], dtype: np.dtype[Any], device: th.device) -> None:
         self.shape, self.dtype, self.blank = shape, dtype, count
+        if dtype.names:
+            shape, dtype = (dtype.itemsize,), np.dtype(np.uint8)
         self._frames = th.zeros((count + 1, *shape), dtype=th.from_numpy(np.empty(0, dtype)).dtype, device=device)
 
     @classmethod
@@ -35,6 +41,8 @@ class DeviceFrames:
 
     def write(self, row: int, frames: NDArray[Any]) -> None:
         """Copy neighbours in, ``[n, *shape]``, the first of them to ``row``."""
+        if frames.dtype.names:
+            frames = frames.view(np.uint8).reshape(len(frames), -1)
         self._frames[row : row + len(frames)] = th.from_numpy(frames)
 
     def take(self, rows: NDArray[np.int64]) -> th.Tensor:

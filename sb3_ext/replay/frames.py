@@ -17,7 +17,11 @@ PADDING_TYPES = ("zero", "reset")
 
 
 class FrameStore(Protocol):
-    """Read-only sequence of equally shaped frames."""
+    """
+    Read-only sequence of equally shaped frames.
+
+    Observations with several entries are records: ``shape`` is ``()``, and ``dtype`` has a field per entry.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

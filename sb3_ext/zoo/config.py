@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -196,7 +196,7 @@ def resolve(
     names: Sequence[str],
     overrides: dict[str, Any],
     n_timesteps: int = -1,
-    auto_policy: str | None = None,
+    auto_policy: Callable[[dict[str, Any]], str | None] | None = None,
 ) -> Config:
     """
     Choose the entry and apply the overrides.
@@ -205,7 +205,7 @@ def resolve(
     :param names: entries to look for, the most specific first; ``default`` is always the last
     :param overrides: hyper-parameters that win over the entry's
     :param n_timesteps: likewise for the length, if it is positive
-    :param auto_policy: what ``policy: auto`` means, if that is known yet
+    :param auto_policy: what ``policy: auto`` means, given ``dataset_kwargs``; None if that is not known yet
     """
     names = [*names, "default"]
     entry = next((name for name in names if name in entries), None)
@@ -213,10 +213,12 @@ def resolve(
         raise ZooError(f"{file} has none of the entries {', '.join(map(repr, names))}; add one.")
     source = f"{file}: {entry}"
     hyperparams = {"policy": "auto", **entries[entry], **overrides}
+    if "dataset_kwargs" in overrides:  # what is not overridden stays: the transforms of a preset, say
+        hyperparams["dataset_kwargs"] = {**(entries[entry].get("dataset_kwargs") or {}), **overrides["dataset_kwargs"]}
     if n_timesteps > 0:
         hyperparams["n_timesteps"] = n_timesteps
-    if hyperparams["policy"] == "auto" and auto_policy:
-        hyperparams["policy"] = auto_policy
+    if hyperparams["policy"] == "auto" and auto_policy is not None:
+        hyperparams["policy"] = auto_policy(hyperparams.get("dataset_kwargs") or {}) or "auto"
     for key in ("n_timesteps", "n_envs", "frame_stack"):
         if hyperparams.get(key) is not None:
             hyperparams[key] = _positive(hyperparams[key], key, source)

@@ -119,7 +119,7 @@ def list_command() -> None:
 def verify_command(settings: VerifySettings) -> int:
     """Check a dataset, and whether CQL can be expected to learn from it; exit code 1 if it has errors."""
     with one_line_errors():
-        report = data.verify_dataset(settings.dataset)
+        report = data.verify_dataset(settings.dataset, settings.transforms, settings.build_env)
     print(report)
     return 0 if report.ok else 1
 
@@ -128,18 +128,27 @@ def show_command(settings: ShowSettings) -> None:
     """Draw an episode and the histogram of returns."""
     path = settings.out or Path(f"{settings.dataset.strip('/').replace('/', '-')}.png")
     with one_line_errors():
-        file = data.show_dataset(settings.dataset, path, episode=settings.episode, frames=settings.frames)
+        file = data.show_dataset(
+            settings.dataset,
+            path,
+            episode=settings.episode,
+            frames=settings.frames,
+            transforms=settings.transforms,
+            build_env=settings.build_env,
+        )
     print(f"Written: {file}")
 
 
 def sample_command(settings: SampleSettings) -> None:
     """Print a few transitions, or write them to a file."""
     with one_line_errors():
-        transitions = data.sample_transitions(settings.dataset, settings.n, settings.seed)
+        transitions = data.sample_transitions(
+            settings.dataset, settings.n, settings.seed, settings.transforms, settings.build_env
+        )
         if settings.out is None:
             print("\n".join(transitions.lines()))
             return
         settings.out.parent.mkdir(parents=True, exist_ok=True)
         with settings.out.open("wb") as file:
-            np.savez_compressed(file, **vars(transitions))
+            np.savez_compressed(file, **transitions.arrays())  # type: ignore[arg-type]
     print(f"{len(transitions.rewards)} transitions written: {settings.out}")

@@ -41,12 +41,20 @@ def enjoy(settings: EnjoySettings) -> None:
         if settings.verbose > 0:
             print(f"Loading {path} ({model.num_timesteps} steps)")
         trained = run.read("config")
+        transforms = settings.transforms or run.read("args").get("transforms")
         stack = (trained.get("dataset_kwargs") or {}).get("frame_stack") or trained.get("frame_stack")
 
     def make(render_mode: str | None) -> VecEnv:
         with one_line_errors():
             return make_model_envs(
-                task, model, n_envs=settings.n_envs, seed=settings.seed, frame_stack=stack, render_mode=render_mode
+                task,
+                model,
+                build_env=settings.build_env,
+                n_envs=settings.n_envs,
+                seed=settings.seed,
+                frame_stack=stack,
+                transforms=transforms,
+                render_mode=render_mode,
             )
 
     env, observation = _open(settings, make)

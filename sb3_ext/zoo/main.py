@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias, assert_never
 
 from sb3_ext import __version__
-from sb3_ext.data import ENGINES, SUBSETS
+from sb3_ext.data import ENGINES, SUBSETS, TRANSFORMS
 from sb3_ext.zoo import data
 from sb3_ext.zoo.config import ZooError
 from sb3_ext.zoo.settings import (
@@ -49,11 +49,18 @@ def _steps(text: str) -> int:
         return int(value)
 
 
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    help_text = f"what to make of the data, in order: {', '.join(TRANSFORMS)}; see docs"
+    parser.add_argument("--transforms", nargs="+", metavar="NAME", help=help_text)
+    parser.add_argument("--build-env", action="store_true", help="build the environment if only it knows the spaces")
+
+
 def _add_common(parser: argparse.ArgumentParser, folder: tuple[str, ...]) -> None:
     known = "bc, cql, dqn, efficientzero, gail, qrdqn"
     parser.add_argument("--algo", required=True, help=f"algorithm: {known}, or another one that is installed")
     parser.add_argument("--env", help="environment id, for instance CartPole-v1")
     parser.add_argument("--dataset", help="id or path of a Minari dataset")
+    _add_reading(parser)
     parser.add_argument(*folder, help="log folder (default: logs)")
     parser.add_argument("--device", help="PyTorch device: cpu, cuda, auto (default)")
     parser.add_argument("--num-threads", type=int, help="threads for PyTorch (default -1: PyTorch's choice)")
@@ -144,12 +151,14 @@ def _add_looks(verbs: Verbs) -> None:
 
     _verb(verbs, "list", "list the datasets on this machine", ListSettings)
     help_text = "check a dataset, and whether CQL can be expected to learn from it; exit code 1 on errors"
-    add("verify", help_text, VerifySettings)
+    _add_reading(add("verify", help_text, VerifySettings))
     show = add("show", "draw an episode and the histogram of returns", ShowSettings)
+    _add_reading(show)
     show.add_argument("--out", type=Path, metavar="PNG", help="picture to write (default: named after the dataset)")
     show.add_argument("--episode", type=int, help="number of the episode (default: the best)")
     show.add_argument("--frames", type=int, help="frames to draw (default 12)")
     sample = add("sample", "print transitions as JSON lines", SampleSettings)
+    _add_reading(sample)
     sample.add_argument("-n", type=int, help="how many (default 10)")
     sample.add_argument("--seed", type=int, help="seed of the draw (default 0)")
     sample.add_argument("--out", type=Path, metavar="NPZ", help="write arrays there instead, pictures included")

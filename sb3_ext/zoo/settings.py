@@ -14,6 +14,8 @@ class AgentSettings:
     algo: str
     env: str | None = None
     dataset: str | None = None
+    transforms: Sequence[str] | None = None
+    build_env: bool = False
     device: str = "auto"
     num_threads: int = -1
     progress: bool = False
@@ -123,6 +125,8 @@ class VerifySettings:
     """Flags of ``sb3x data verify``."""
 
     dataset: str
+    transforms: Sequence[str] | None = None
+    build_env: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +137,8 @@ class ShowSettings:
     out: Path | None = None
     episode: int | None = None
     frames: int = 12
+    transforms: Sequence[str] | None = None
+    build_env: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +149,8 @@ class SampleSettings:
     n: int = 10
     seed: int = 0
     out: Path | None = None
+    transforms: Sequence[str] | None = None
+    build_env: bool = False
 
 
 Settings = (

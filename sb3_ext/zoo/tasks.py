@@ -14,10 +14,9 @@ import gymnasium as gym
 import minari
 import numpy as np
 from gymnasium import spaces
-from minari.serialization import deserialize_space
 from minari.storage import get_dataset_path
 
-from sb3_ext.data import StackFrames, make_atari_env
+from sb3_ext.data import StackFrames, TransformedEnv, make_atari_env, policy_for
 from sb3_ext.zoo.config import Algo, ZooError, hint
 from sb3_ext.zoo.settings import AgentSettings
 
@@ -35,8 +34,7 @@ class Task:
     env: str | None  # id, as the user gave it
     env_id: str | None  # from the user or from the dataset's metadata
     atari: bool  # whether that is an Atari game
-    observation_space: spaces.Space[Any] | None = None  # the dataset's, if its metadata says
-    requirements: Sequence[str] = ()  # what the dataset's environment needs, for messages
+    here: bool = False  # whether the dataset to learn from is on this machine
 
     @property
     def entries(self) -> list[str]:
@@ -44,10 +42,14 @@ class Task:
         found = [self.name, *([self.env_id.split(":")[-1]] if self.env_id else []), *(["atari"] if self.atari else [])]
         return list(dict.fromkeys(found))
 
-    @property
-    def policy(self) -> str | None:
-        """What ``policy: auto`` means, if the observation space is known."""
-        return policy_for(self.observation_space) if self.observation_space is not None else None
+    def policy(self, dataset_kwargs: dict[str, Any]) -> str | None:
+        """What ``policy: auto`` means, if the dataset that tells is here."""
+        if not self.here or self.dataset is None:
+            return None
+        from sb3_ext.data import dataset_spaces  # here, because it brings PyTorch
+
+        how = {key: dataset_kwargs[key] for key in ("transforms", "build_env") if key in dataset_kwargs}
+        return policy_for(dataset_spaces(self.dataset, **how)[0])
 
 
 def use_threads(number: int) -> None:
@@ -62,13 +64,6 @@ def use_threads(number: int) -> None:
 def is_picture(space: spaces.Space[Any] | None) -> bool:
     """Whether observations are pictures: bytes in two or three dimensions."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3)
-
-
-def policy_for(space: spaces.Space[Any]) -> str:
-    """Name of the policy, and so the kind of network, for observations."""
-    if isinstance(space, spaces.Dict):
-        return "MultiInputPolicy"
-    return "CnnPolicy" if is_picture(space) else "MlpPolicy"
 
 
 def find_task(settings: AgentSettings, algo: Algo, download: bool) -> Task:
@@ -89,15 +84,13 @@ def find_task(settings: AgentSettings, algo: Algo, download: bool) -> Task:
     if not algo.offline or metadata is None:
         return Task(name, dataset, env, env, atari)
     spec = json.loads(metadata.get("eval_env_spec") or metadata.get("env_spec") or "{}")
-    space = metadata.get("observation_space")
     return Task(
         metadata.get("dataset_id", name),
         dataset,
         env,
         env or spec.get("id"),
         atari if env else "AtariEnv" in str(spec.get("entry_point")),
-        deserialize_space(space) if space else None,
-        metadata.get("requirements", ()),
+        here=True,
     )
 
 
@@ -164,6 +157,7 @@ def make_envs(
     seed: int | None = None,
     frame_stack: int | None = None,
     padding_type: str | None = None,
+    transforms: Sequence[Any] | None = None,
     like: spaces.Space[Any] | None = None,
     monitor: Path | None = None,
     training: bool = False,
@@ -175,6 +169,7 @@ def make_envs(
     :param seed: seed of the first copy; the others count up
     :param frame_stack: frames per observation; default 4 for pictures with one channel, else 1
     :param padding_type: what stands before an episode's first frame; default zeros
+    :param transforms: what to make of what the environment shows, see :class:`~sb3_ext.data.TransformedEnv`
     :param like: observation space of a model; pictures are stacked to fit it
     :param monitor: folder for ``<i>.monitor.csv``, which are added to if they exist
     :param training: clip the rewards of Atari games to [-1, 1]; the monitor still sees the score
@@ -190,6 +185,8 @@ def make_envs(
         env = Monitor(env, file, override_existing=file is None or not os.path.exists(file))
         if training and atari:
             env = gym.wrappers.ClipReward(env, -1.0, 1.0)
+        if transforms:
+            env = TransformedEnv(env, transforms)
         stack = _stack(env, frame_stack, like)
         if stack == 1 and not is_picture(env.observation_space):
             return env
@@ -209,25 +206,22 @@ def _stack(env: gym.Env[Any, Any], frame_stack: int | None, like: spaces.Space[A
     return frame_stack or (4 if channels == 1 else 1)
 
 
-def make_model_envs(task: Task, model: BaseAlgorithm, **kwargs: Any) -> VecEnv:
+def make_model_envs(task: Task, model: BaseAlgorithm, build_env: bool = False, **kwargs: Any) -> VecEnv:
     """
     Build the environment that a model plays in: the user's, else the one of the dataset, whose code its metadata names.
 
     :param kwargs: arguments that :func:`make_envs` and :func:`~sb3_ext.data.make_eval_env` share
     """
-    kwargs["padding_type"] = getattr(model, "dataset_info", {}).get("padding_type")  # what it has learnt from
+    learnt = getattr(model, "dataset_info", {})
+    kwargs["padding_type"] = learnt.get("padding_type")
+    kwargs["transforms"] = learnt.get("transforms") or kwargs.get("transforms")
     if task.env:
         env = make_envs(task.env, like=model.observation_space, **kwargs)
     else:
         from sb3_ext.data import make_eval_env  # here, because it brings PyTorch
 
         assert task.dataset is not None
-        try:
-            env = make_eval_env(task.dataset, **kwargs)
-        except (ImportError, gym.error.Error) as error:
-            reason = " ".join(str(error).split())
-            needs = f"; it needs {', '.join(task.requirements)}" if task.requirements else ""
-            raise ZooError(f"The environment of {task.name} cannot be built ({reason}){needs}.") from error
+        env = make_eval_env(task.dataset, build_env=build_env, **kwargs)
     for what in ("observation_space", "action_space"):
         ours, theirs = getattr(model, what), getattr(env, what)
         if ours != theirs:

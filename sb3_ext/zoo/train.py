@@ -22,6 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import TqdmExperimentalWarning
 
+from sb3_ext.data import policy_for
 from sb3_ext.zoo import runs
 from sb3_ext.zoo.config import (
     Algo,
@@ -35,7 +36,7 @@ from sb3_ext.zoo.config import (
 )
 from sb3_ext.zoo.runs import Run, slug, steps_of
 from sb3_ext.zoo.settings import TrainSettings
-from sb3_ext.zoo.tasks import Task, find_task, make_envs, make_model_envs, policy_for, use_threads
+from sb3_ext.zoo.tasks import Task, find_task, make_envs, make_model_envs, use_threads
 
 EVAL_FREQ = 25_000
 """Steps between evaluations if the user does not say, as in rl_zoo3."""
@@ -76,9 +77,12 @@ def train(settings: TrainSettings, words: list[str]) -> None:
     overrides = parse_overrides(algo, settings.hyperparams)
     file, entries = read_entries(algo, settings.conf_file)
     _check_flags(settings, algo)
+    if algo.offline and (settings.transforms or settings.build_env):
+        reading = {"transforms": settings.transforms and list(settings.transforms), "build_env": settings.build_env}
+        overrides["dataset_kwargs"] = {**overrides.get("dataset_kwargs", {}), **{k: v for k, v in reading.items() if v}}
     with one_line_errors():
         task = find_task(settings, algo, download=not settings.dry_run)
-    config = resolve(algo, file, entries, task.entries, overrides, settings.n_timesteps, task.policy)
+        config = resolve(algo, file, entries, task.entries, overrides, settings.n_timesteps, task.policy)
     run, start, seed = _find_start(settings, algo, config, slug(task.name))
     settings = replace(
         settings,
@@ -205,6 +209,7 @@ def _build_model(
             n_envs=config.n_envs,
             seed=settings.seed,
             frame_stack=config.frame_stack,
+            transforms=settings.transforms,
             monitor=run.path,
             training=True,
         )
@@ -245,7 +250,13 @@ def _callbacks(
         callbacks.append(runs.Checkpoints(every, run, settings.save_replay_buffer, in_parts=settings.resume))
     if settings.eval_freq:
         eval_env = make_model_envs(
-            task, model, n_envs=settings.n_eval_envs, seed=settings.seed, frame_stack=config.frame_stack
+            task,
+            model,
+            build_env=settings.build_env,
+            n_envs=settings.n_eval_envs,
+            seed=settings.seed,
+            frame_stack=config.frame_stack,
+            transforms=settings.transforms,
         )
         envs.callback(eval_env.close)
         evaluation = EvalCallback(

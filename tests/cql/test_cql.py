@@ -21,7 +21,6 @@ from sb3_ext import BC, CQL, load_minari, make_eval_env, record
 from sb3_ext.cql import offline
 from sb3_ext.cql.mixed import MixedReplayBuffer
 from sb3_ext.cql.offline import OfflineProgressBar
-from sb3_ext.data import DatasetError
 from sb3_ext.replay.dataset import OfflineReplayBuffer
 from sb3_ext.replay.frames import ArrayFrames
 from tests.helpers import MakeDataset, flags, published_loss
@@ -370,13 +369,15 @@ def test_filled_sb3_buffer_is_a_dataset() -> None:
     assert not np.array_equal(parameters(model), parameters(source))
 
 
-def test_dict_buffer_is_refused() -> None:
-    space = spaces.Dict({"x": spaces.Box(-2, 2, (1,))})
+def test_a_buffer_with_dict_observations() -> None:
+    space = spaces.Dict({"x": spaces.Box(-2, 2, (1,)), "n": spaces.Discrete(3)})
     buffer = DictReplayBuffer(10, space, spaces.Discrete(2), device="cpu")
-    observation = {"x": np.ones((1, 1))}
+    observation = {"x": np.ones((1, 1)), "n": np.ones(1, np.int64)}
     buffer.add(observation, observation, np.zeros((1, 1)), np.ones(1), np.zeros(1), [{}])
-    with pytest.raises(ValueError, match="Dict observations"):
+    with pytest.raises(ValueError, match=r"MlpPolicy cannot see .*Use 'MultiInputPolicy'"):
         small(CQL, buffer)
+    model = CQL("MultiInputPolicy", buffer, seed=0, device="cpu").learn(3)
+    assert model.predict(space.sample())[0] in (0, 1)
 
 
 @pytest.mark.parametrize("kwargs", [{"seed": 3}, {"prioritized": {"seed": 3}}, {"prioritized": True, "seed": 3}])
@@ -557,9 +558,9 @@ def test_environment_and_dataset_mixed_up(cartpole: minari.MinariDataset) -> Non
 def test_wrong_policy(cartpole: minari.MinariDataset, breakout: minari.MinariDataset) -> None:
     with pytest.raises(ValueError, match="Use 'MlpPolicy'"):
         CQL("CnnPolicy", cartpole)
-    with pytest.raises(ValueError, match="Use 'CnnPolicy'"):
+    with pytest.warns(UserWarning, match="MlpPolicy flattens these pictures.*'CnnPolicy' is for them"):
         CQL("MlpPolicy", breakout)
-    with pytest.raises(ValueError, match="MultiInputPolicy"):
+    with pytest.raises(ValueError, match=r"MultiInputPolicy cannot see .*Use 'MlpPolicy'"):
         CQL("MultiInputPolicy", cartpole)
     with pytest.raises(ValueError, match="unknown"):
         CQL("CnnPolice", cartpole)
@@ -598,7 +599,7 @@ def test_online_needs_an_environment(cartpole: minari.MinariDataset) -> None:
 
 def test_continuous_actions() -> None:
     dataset = record(None, gym.make("Pendulum-v1"), "tests/pendulum-v0", n_episodes=1)
-    with pytest.raises(DatasetError, match="Discrete actions"):
+    with pytest.raises(ValueError, match=r"CQL needs Discrete actions, tests/pendulum-v0 has Box.*BC clones"):
         small(CQL, dataset)
 
 

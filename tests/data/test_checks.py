@@ -57,16 +57,9 @@ def refused(dataset: Any, tmp_path: Path, match: str, **kwargs: Any) -> None:
 @pytest.mark.parametrize(
     ("observation_space", "action_space", "match"),
     [
-        (SPACE, spaces.MultiDiscrete([2, 2]), "action_space is MultiDiscrete.*Discrete actions are supported"),
-        (SPACE, spaces.MultiDiscrete([3, 2]), "action_space is MultiDiscrete"),
-        (
-            SPACE,
-            spaces.Discrete(3, start=1),
-            r"action_space is .* counts actions from 0.*shifts them by -1 to Discrete\(3\)",
-        ),
-        (spaces.Dict({"a": SPACE}), spaces.Discrete(3), "observation_space is Dict.*FlattenObservation"),
-        (spaces.Discrete(7), spaces.Discrete(3), "observation_space is Discrete"),
-        (spaces.Box(0, 1, (), np.float32), spaces.Discrete(3), "observation_space is Box"),
+        (SPACE, spaces.Box(-1, 1, (), np.float32), "action_space is Box.*can be learnt"),
+        (SPACE, spaces.Dict({"a": spaces.Discrete(2)}), "action_space is Dict.*can be learnt"),
+        (spaces.Text(8), spaces.Discrete(3), r"the observations are Text: text alone.*transforms=\['tokens'\]"),
     ],
 )
 def test_kinds_of_spaces(
@@ -77,10 +70,9 @@ def test_kinds_of_spaces(
     tmp_path: Path,
 ) -> None:
     sampled = [observation_space.sample() for _ in range(5)]
-    observations: Any = np.array(sampled)
-    if isinstance(observation_space, spaces.Dict):
-        observations = {"a": np.stack([s["a"] for s in sampled])}
-    actions = np.array([action_space.sample() for _ in range(4)])
+    observations: Any = sampled if isinstance(sampled[0], str) else np.array(sampled)
+    drawn = [action_space.sample() for _ in range(4)]
+    actions: Any = {"a": np.array([a["a"] for a in drawn])} if isinstance(drawn[0], dict) else np.array(drawn)
     dataset = make_dataset([episode(observations=observations, actions=actions)], observation_space, action_space)
     refused(dataset, tmp_path, "by/hand-v0: " + match)
 
@@ -101,21 +93,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "action negative": ({"actions": np.array([-1, 1, 2, 1])}, "step 0: action -1 is outside"),
     "action broken": ({"actions": np.array([0, 1.5, 2, 1])}, "step 1: action 1.5 is no whole number"),
     "action NaN": ({"actions": np.array([0, 1, np.nan, np.inf])}, "step 2: action nan is no whole number"),
-    "both": (
-        {"terminations": ones_at(3), "truncations": ones_at(3)},
-        "step 3: marked both terminated and truncated.*strict=False",
-    ),
     "terminated early": ({"terminations": ones_at(1, 3)}, "step 1: the episode ends here, but 4 steps are stored"),
     "truncated early": ({"truncations": ones_at(0)}, "step 0: the episode ends here"),
     "T observations": ({"observations": episode(3)["observations"]}, "4 observations for 4 rewards, expected 5"),
     "T + 2 observations": ({"observations": episode(5)["observations"]}, "6 observations for 4 rewards"),
     "actions missing": ({"actions": np.arange(3)}, "3 actions for 4 rewards, expected 4. The episode was not stored"),
-    "two actions": ({"actions": np.zeros((4, 2), int)}, "8 actions for 4 rewards"),
+    "two actions": ({"actions": np.zeros((4, 2), int)}, r"actions have shape \(2,\), .* action_space says \(\)"),
+    "not one-hot": ({"actions": np.ones((4, 3), int)}, r"step 0: action \[1 1 1\] has 3 numbers and is not one-hot"),
     "flags missing": ({"truncations": np.zeros(3, bool)}, "3 truncations for 4 rewards"),
     "terminations missing": ({"terminations": np.zeros(2, bool)}, "2 terminations for 4 rewards"),
     "shape": ({"observations": np.zeros((5, 3), np.float32)}, r"observations have shape \(3,\), .* says \(2,\)"),
     "no step": (episode(0), r"has no step.*filter_episodes\(lambda e: len\(e\) > 0\)"),
-    "one step": (episode(1), "has one step only.*strict=False"),
 }
 
 
@@ -140,10 +128,19 @@ def test_what_strict_false_lets_pass(make_dataset: MakeDataset) -> None:
     both = episode(terminations=ones_at(3), truncations=ones_at(3))
     dataset = make_dataset([episode(1), both], SPACE)
     for storage in ("ram", "mmap"):
-        buffer = load_minari(dataset, strict=False, storage=storage, device="cpu")
+        with pytest.warns(UserWarning, match="strict=True refuses them") as notices:
+            buffer = load_minari(dataset, storage=storage, device="cpu")
         assert buffer._get_samples(np.arange(5)).dones.squeeze(1).tolist() == [1, 0, 0, 0, 1]
-    with pytest.raises(DatasetError, match="one step only"):
-        load_minari(dataset, device="cpu")  # the cache of the lenient call does not count
+        assert [str(w.message) for w in notices] == [
+            "by/hand-v0: 1 episodes end with a step that is both terminated and truncated. Termination wins; "
+            "strict=True refuses them.",
+            "by/hand-v0: 1 episodes have one step only. strict=True refuses them.",
+        ]
+    for storage in ("ram", "mmap"):  # the cache of the lenient call does not count
+        with pytest.raises(DatasetError, match=r"episode 0 has one step only.*strict=False"):
+            load_minari(dataset, strict=True, storage=storage, device="cpu")
+    with pytest.raises(DatasetError, match=r"step 3: marked both terminated and truncated.*strict=False"):
+        check_episode(both, 0, "x", SPACE, spaces.Discrete(3), strict=True)
     with pytest.raises(DatasetError, match="has no step"):
         check_episode(episode(0), 0, "x", SPACE, spaces.Discrete(3), strict=False)
     with pytest.raises(DatasetError, match="ends here"):
@@ -209,7 +206,7 @@ def test_a_cut_hdf5_file(share: float, make_dataset: MakeDataset, tmp_path: Path
     dataset = make_dataset([episode(50) for _ in range(6)], SPACE)
     (file,) = data_files(dataset)
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    refused(dataset, tmp_path, rf"(?s)^by/hand-v0, episode \d.* cannot be read .*{AGAIN}")
+    refused(dataset, tmp_path, rf"(?s)^by/hand-v0(: the data|, episode \d.*) cannot be (opened|read) .*{AGAIN}")
 
 
 def test_a_damaged_hdf5_file(make_dataset: MakeDataset, tmp_path: Path) -> None:
@@ -278,8 +275,7 @@ def without(key: str) -> Callable[[dict[str, Any]], Any]:
         (lambda m: {**m, "total_episodes": "2"}, "metadata.json cannot be read"),
         (lambda m: {**m, "observation_space": "{"}, "observation_space cannot be read"),
         (lambda m: {**m, "action_space": '{"type": "Nothing"}'}, "action_space cannot be read"),
-        (lambda m: {**m, "data_format": "zip"}, "data cannot be opened"),
-        (without("data_format"), "data cannot be opened"),
+        (lambda m: {**m, "data_format": "zip"}, "data_format is 'zip'; hdf5, arrow and parquet can be read"),
         (without("action_space"), "its metadata has no action_space"),
     ],
 )
@@ -302,7 +298,16 @@ def test_metadata_that_is_no_json(make_dataset: MakeDataset, tmp_path: Path) -> 
 def test_an_environment_that_cannot_be_built(make_dataset: MakeDataset, tmp_path: Path) -> None:
     dataset = make_dataset([episode()], SPACE)
     edit_metadata(dataset, without("observation_space"))
-    refused("by/hand-v0", tmp_path, r"its observation_space cannot be read", build_env=True)
+    refused("by/hand-v0", tmp_path, r"no observation_space.*--build-env")
+    refused("by/hand-v0", tmp_path, r"has no observation_space and names no environment", build_env=True)
+    spec = gym.spec("CartPole-v1").to_json().replace("gymnasium.envs.classic_control.cartpole", "cart_poles.env")
+    edit_metadata(dataset, lambda m: {**m, "env_spec": spec, "requirements": ["numpy", "cart-poles>=2"]})
+    missing = (
+        r"its environment cannot be built \(ModuleNotFoundError.* Install what it needs: pip install 'cart-poles>=2'$"
+    )
+    refused("by/hand-v0", tmp_path, missing, build_env=True)
+    with pytest.raises(DatasetError, match=missing):
+        make_eval_env("by/hand-v0", build_env=True)
 
 
 # ------------------------------------------------------------------ no dataset

@@ -64,17 +64,18 @@ def test_every_error_is_found_not_only_the_first(data_format: str, make_dataset:
         (episode(rewards=nan), "episode 1, step 3: the reward is nan"),
         (episode(observations=infinite), "episode 2, step 1: the observation has NaN, infinite"),
         (episode(actions=np.array([0, 1, 2, 3, 0])), "episode 3, step 3: action 3 is outside"),
-        (episode(**both), "episode 4, step 4: marked both"),
-        (episode(**early), "episode 5, step 2: the episode ends here, but 5 steps are stored"),
-        (episode(steps=1), "episode 6 has one step only"),
+        (episode(**early), "episode 4, step 2: the episode ends here, but 5 steps are stored"),
     ]
-    dataset = make_dataset([episode(), *(e for e, _ in bad), episode(seed=1)], VECTOR, data_format=data_format)
+    fine = [episode(**both), episode(steps=1), episode(seed=1)]
+    dataset = make_dataset([episode(), *(e for e, _ in bad), *fine], VECTOR, data_format=data_format)
     report = verify_dataset(dataset)
     assert not report.ok
     assert len(report.errors) == len(bad)
     for error, (_, message) in zip(report.errors, bad, strict=True):
         assert message in error
-    assert report.facts["episodes"] == 2
+    assert report.facts["episodes"] == 4
+    assert "1 episodes end with a step that is both terminated and truncated" in report.warnings[0]
+    assert "1 episodes have one step only" in report.warnings[1]
     assert report.outlook is not None
     assert report.outlook.verdict == "impossible"
 
@@ -150,10 +151,13 @@ def test_lossy_pictures_are_named(make_dataset: MakeDataset) -> None:
 
 @pytest.mark.parametrize(
     ("space", "message"),
-    [(spaces.Discrete(3, start=1), "counts actions from 0"), (spaces.MultiDiscrete([2, 2]), "Discrete actions are")],
+    [
+        (spaces.Box(-1, 1, (), np.float32), "Nothing here learns such actions"),
+        (spaces.Dict({"a": spaces.Discrete(2)}), "Nothing here learns such actions"),
+    ],
 )
 def test_spaces_that_do_not_fit(space: spaces.Space[Any], message: str, make_dataset: MakeDataset) -> None:
-    actions = np.ones(5, int) if isinstance(space, spaces.Discrete) else np.ones((5, 2), int)
+    actions = {"a": np.ones(5, int)} if isinstance(space, spaces.Dict) else np.ones(5, np.float32)
     report = verify_dataset(make_dataset([episode(actions=actions)], VECTOR, space))
     assert message in report.errors[0]
     assert report.outlook is None
@@ -165,7 +169,7 @@ def test_continuous_actions_are_valid_but_not_for_cql(make_dataset: MakeDataset)
     assert report.ok
     assert report.outlook is not None
     assert report.outlook.verdict == "impossible"
-    assert "continuous" in report.outlook.reasons[0][1]
+    assert "not Discrete" in report.outlook.reasons[0][1]
 
 
 # ------------------------------------------------------------------ the outlook

@@ -40,7 +40,7 @@ def test_values() -> None:
         {"default": {"n_timesteps": 1e6, "learning_rate": "lin_0.001", "batch_size": 64.0, "frame_stack": 2}},
         [],
         {"dataset_kwargs": {"subset": 0.5}},
-        auto_policy="MlpPolicy",
+        auto_policy=lambda of_data: {0.5: "MlpPolicy"}[of_data["subset"]],
     )
     schedule = config.arguments["learning_rate"]
     assert isinstance(schedule, LinearSchedule)
@@ -84,7 +84,9 @@ def test_the_papers_atari_settings() -> None:
     assert (arguments["learning_rate"], eps, arguments["policy_kwargs"]["n_quantiles"]) == (5e-5, 0.01 / 32, 200)
     assert (arguments["batch_size"], arguments["gamma"], arguments["target_update_interval"]) == (32, 0.99, 2000)
     assert (arguments["cql_alpha"], arguments["clip_rewards"], arguments["double_q"]) == (4.0, True, False)
-    assert arguments["dataset_kwargs"] == {"frame_stack": 4}
+    assert arguments["dataset_kwargs"] == {"frame_stack": 4, "transforms": ["atari"]}
+    part = resolve(algo, "cql.yml", entries, ["atari"], {"dataset_kwargs": {"subset": 0.1}}).arguments
+    assert part["dataset_kwargs"] == {"frame_stack": 4, "transforms": ["atari"], "subset": 0.1}
 
 
 def test_train_freq_in_episodes() -> None:

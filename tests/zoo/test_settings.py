@@ -29,7 +29,7 @@ LINES: list[tuple[str, Settings]] = [
     (
         "train --algo a --env E --dataset d -f logs2 --device cpu --num-threads 2 -P --verbose 2 -n 1e3 -tb board "
         "--seed 3 --eval-freq 2e2 --eval-episodes 4 --n-eval-envs 6 --save-freq 7 --save-replay-buffer "
-        "--log-interval 8 --resume -params x:1 y:2 -conf c.yml -uuid --dry-run",
+        "--log-interval 8 --resume -params x:1 y:2 -conf c.yml -uuid --dry-run --transforms grey resize:84 --build-env",
         TrainSettings(
             algo="a",
             env="E",
@@ -53,13 +53,15 @@ LINES: list[tuple[str, Settings]] = [
             conf_file="c.yml",
             uuid=True,
             dry_run=True,
+            transforms=["grey", "resize:84"],
+            build_env=True,
         ),
     ),
     ("train --algo a -i model.zip", TrainSettings(algo="a", trained_agent="model.zip")),
     ("enjoy --algo cql", EnjoySettings(algo="cql")),
     (
         "enjoy --algo a --env E --dataset d -f logs2 --device cpu --num-threads 2 -P --verbose 0 -n 5 --exp-id 2 "
-        "--load-best --stochastic --render --seed 3 --n-envs 4",
+        "--load-best --stochastic --render --seed 3 --n-envs 4 --transforms flatten --build-env",
         EnjoySettings(
             algo="a",
             env="E",
@@ -76,6 +78,8 @@ LINES: list[tuple[str, Settings]] = [
             render=True,
             seed=3,
             n_envs=4,
+            transforms=["flatten"],
+            build_env=True,
         ),
     ),
     (
@@ -124,12 +128,18 @@ LINES: list[tuple[str, Settings]] = [
     ),
     ("data download a --token t --overwrite", DownloadSettings(address="a", token="t", overwrite=True)),
     ("data list", ListSettings()),
-    ("data verify d", VerifySettings(dataset="d")),
     (
-        "data show d --out p.png --episode 3 --frames 5",
-        ShowSettings(dataset="d", out=Path("p.png"), episode=3, frames=5),
+        "data verify d --transforms drop:mission --build-env",
+        VerifySettings(dataset="d", transforms=["drop:mission"], build_env=True),
     ),
-    ("data sample d -n 3 --seed 4 --out f.npz", SampleSettings(dataset="d", n=3, seed=4, out=Path("f.npz"))),
+    (
+        "data show d --out p.png --episode 3 --frames 5 --transforms grey --build-env",
+        ShowSettings(dataset="d", out=Path("p.png"), episode=3, frames=5, transforms=["grey"], build_env=True),
+    ),
+    (
+        "data sample d -n 3 --seed 4 --out f.npz --transforms flatten --build-env",
+        SampleSettings(dataset="d", n=3, seed=4, out=Path("f.npz"), transforms=["flatten"], build_env=True),
+    ),
 ]
 
 

@@ -22,7 +22,8 @@ def test_entries_of_a_task(here: Path) -> None:
     settings = TrainSettings(algo="cql", dataset="atari/breakout-v0")
     task = find_task(settings, load_algo("cql"), download=False)
     assert task.entries == ["atari/breakout-v0", "ALE/Breakout-v5", "atari"]
-    assert task.policy == "CnnPolicy"
+    assert task.policy({}) == "CnnPolicy"
+    assert task.policy({"transforms": ["resize:20"]}) == "MlpPolicy"
 
 
 def test_mistakes_in_names(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from gymnasium import spaces
 
-from sb3_ext.data.envs import is_frame_space
+from sb3_ext.data.envs import policy_for
 from sb3_ext.data.hub.manifest import CARD, PICTURE
 from sb3_ext.data.source import Source, env_spec
 from sb3_ext.data.write import return_statistics
@@ -98,8 +98,8 @@ def write_card(
         "episodes": f"{len(returns):,}",
         "steps": f"{steps:,}",
         "size": f"{size:,} bytes ({metadata.get('data_format')})",
-        "observations": source.observation_space,
-        "actions": source.action_space,
+        "observations": source.recorded_observations,
+        "actions": source.recorded_actions,
         "authors": metadata.get("author"),
         "contact": metadata.get("author_email"),
         "code": metadata.get("code_permalink"),
@@ -107,7 +107,7 @@ def write_card(
         "Minari": metadata.get("minari_version"),
     }
     use = _TRAIN if isinstance(source.action_space, spaces.Discrete) else _READ
-    policy = "CnnPolicy" if is_frame_space(source.observation_space) else "MlpPolicy"
+    policy = policy_for(source.observation_space)
     front = {"pretty_name": source.name, "tags": ["minari", "reinforcement-learning", "offline-rl", "sb3_ext"]}
     text = _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),

@@ -43,7 +43,7 @@ def _local_source(dataset: DatasetLike) -> Source:
     """Open a dataset that shall be published; unlike elsewhere, an id that is not on this machine is not downloaded."""
     if isinstance(dataset, str) and not Path(dataset).exists() and not get_dataset_path(dataset).exists():
         raise DatasetError(f"The dataset {dataset!r} is not on this machine; `minari list local` shows those that are.")
-    source = open_source(dataset, continuous=True)
+    source = open_source(dataset)
     match = DATASET_ID_RE.fullmatch(source.name)
     if match is None or match["version"] is None:
         raise DatasetError(f"{source.path}: its dataset_id {source.name!r} does not look like 'namespace/name-v0'.")

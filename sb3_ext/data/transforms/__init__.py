@@ -1,0 +1,1 @@
+"""Transforms of observations, actions and rewards: one description for recorded data and for environments."""

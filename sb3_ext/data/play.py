@@ -111,7 +111,7 @@ def play_episodes(
     :param message: called with what a player should read beforehand
     :return: the finished episodes
     :raises ImportError: if pygame is missing
-    :raises TypeError: if the observations are no arrays
+    :raises TypeError: see :class:`~sb3_ext.data.record.EpisodeRecorder`
     :raises ValueError: if the environment cannot be played so, or an action does not exist
     """
     try:

@@ -13,14 +13,44 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from sb3_ext.data.checks import choose_padding
-from sb3_ext.data.envs import StackFrames, padding_shown_by
-from sb3_ext.data.write import Episode, check_new_dataset, write_dataset
-from sb3_ext.replay.frames import pack_frames
+from sb3_ext.data.envs import StackFrames, is_frame_space, padding_shown_by, stacked_space
+from sb3_ext.data.trees import are_texts
+from sb3_ext.data.write import Episode, check_new_dataset, pack_observations, write_dataset
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
 
-Policy = Callable[[NDArray[Any]], Any]
+Policy = Callable[[Any], Any]
+
+
+def _can_be_kept(space: spaces.Space[Any]) -> bool:
+    if isinstance(space, spaces.Dict):
+        return all(map(_can_be_kept, space.values()))
+    if isinstance(space, spaces.Tuple):
+        return all(map(_can_be_kept, space.spaces))
+    return space.shape is not None or are_texts(space)
+
+
+def _copy(observation: Any, space: spaces.Space[Any]) -> Any:
+    """Copy an observation, which has the structure of its space."""
+    if isinstance(space, spaces.Dict):
+        if observation.keys() != space.keys():
+            raise ValueError(f"The observation has the keys {sorted(observation)}, its space {sorted(space)}.")
+        return {key: _copy(observation[key], part) for key, part in space.items()}
+    if isinstance(space, spaces.Tuple):
+        if len(observation) != len(space):
+            raise ValueError(f"The observation has {len(observation)} parts, its space {len(space)}.")
+        return tuple(map(_copy, observation, space.spaces))
+    return str(observation) if are_texts(space) else np.array(observation)
+
+
+def _gather(steps: list[Any], space: spaces.Space[Any]) -> Any:
+    """Join the observations of all steps: arrays, ``[T + 1, ...]``, and lists of texts in the space's structure."""
+    if isinstance(space, spaces.Dict):
+        return {key: _gather([step[key] for step in steps], part) for key, part in space.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(_gather([step[i] for step in steps], part) for i, part in enumerate(space.spaces))
+    return steps if are_texts(space) else np.stack(steps)
 
 
 class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
@@ -30,36 +60,40 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
     Wrap it around what the dataset shall contain (single frames, unclipped rewards, whole games) and put the agent's
     own wrappers on top. An episode that is reset before its end is kept as truncated.
 
-    :param env: environment with array observations
+    :param env: environment whose observations are arrays or texts, or dictionaries and tuples of them, nested or not
     :param episodes: list that receives them; several recorders may share one
     :param keep: share of the episodes to keep; the choice is seeded and made before each episode starts
     :param seed: seed of that choice
-    :raises TypeError: if the observations are no arrays
+    :raises TypeError: if the observations are none of these, or the actions no arrays
+    :raises ValueError: if an observation has not the structure of the environment's space
     """
 
     def __init__(
         self, env: gym.Env[Any, Any], episodes: list[Episode] | None = None, keep: float = 1.0, seed: int = 0
     ) -> None:
         super().__init__(env)
-        if env.observation_space.shape is None:
+        if not _can_be_kept(env.observation_space):
             raise TypeError(
-                f"EpisodeRecorder keeps observations that are arrays, not {env.observation_space}. Make them arrays "
-                "first, with gymnasium.wrappers.FlattenObservation for instance."
+                "EpisodeRecorder keeps observations that are arrays or texts, or a Dict or Tuple of them, not "
+                f"{env.observation_space}. Change them in a wrapper first."
             )
+        if env.action_space.shape is None:
+            raise TypeError(f"EpisodeRecorder keeps actions that are arrays, not {env.action_space}.")
+        self._space = env.observation_space
         self.episodes: list[Episode] = [] if episodes is None else episodes
         self.keep = keep
         self._rng = np.random.default_rng(seed)
         self._clear(None, None)
 
     def _clear(self, observation: Any, seed: int | None) -> None:
-        self._observations = [] if observation is None else [np.array(observation)]
+        self._observations = [] if observation is None else [_copy(observation, self._space)]
         self._actions: list[Any] = []
         self._rewards: list[float] = []
         self._seed = seed
 
     def _store(self, terminated: bool) -> None:
         if self._rewards:
-            observations = pack_frames(np.stack(self._observations))
+            observations = pack_observations(_gather(self._observations, self._space))
             rewards = np.array(self._rewards, np.float64)
             self.episodes.append(Episode(observations, np.array(self._actions), rewards, terminated, self._seed))
         self._clear(None, None)
@@ -80,7 +114,7 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         """Step and write down."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         if self._observations:
-            self._observations.append(np.array(observation))
+            self._observations.append(_copy(observation, self._space))
             self._actions.append(np.array(action))
             self._rewards.append(float(reward))
             if terminated or truncated:
@@ -96,14 +130,14 @@ def _is_model(policy: BaseAlgorithm | Policy | None) -> TypeGuard[BaseAlgorithm]
 
 def _as_actor(
     policy: BaseAlgorithm | Policy | None, env: gym.Env[Any, Any], deterministic: bool
-) -> Callable[[NDArray[Any], bool], Any]:
+) -> Callable[[Any, bool], Any]:
     """Function from an observation, and whether an episode starts with it, to the action."""
     if policy is None:
         return lambda observation, start: env.action_space.sample()
     if _is_model(policy):
         model, state, normalize = policy, None, policy.get_vec_normalize_env()
 
-        def act(observation: NDArray[Any], start: bool) -> NDArray[Any]:
+        def act(observation: Any, start: bool) -> NDArray[Any]:
             nonlocal state
             action, state = model.predict(
                 observation if normalize is None else normalize.normalize_obs(observation),
@@ -122,19 +156,32 @@ def _as_actor(
 
 def _agent_view(policy: BaseAlgorithm | Policy | None, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     """Stack frames for a model that was trained on stacks of what ``env`` shows."""
-    if not _is_model(policy) or policy.observation_space == env.observation_space:
+    if not _is_model(policy) or _predicts_from(policy.observation_space, env.observation_space):
         return env
-    wanted, single = policy.observation_space.shape, StackFrames(env, 1).observation_space.shape
-    assert single is not None
-    if wanted is not None and wanted[1:] == single[1:] and wanted[0] % single[0] == 0:
-        n_frames = wanted[0] // single[0]
-        view = StackFrames(env, n_frames, _learnt_padding(policy, n_frames))
-        if view.observation_space == policy.observation_space:
-            return view
+    if isinstance(env.observation_space, spaces.Box):
+        wanted, single = policy.observation_space.shape, stacked_space(env.observation_space, 1).shape
+        if wanted is not None and wanted[1:] == single[1:] and wanted[0] % single[0] == 0:
+            n_frames = wanted[0] // single[0]
+            view = StackFrames(env, n_frames, _learnt_padding(policy, n_frames))
+            if view.observation_space == policy.observation_space:
+                return view
     raise ValueError(
         f"The model sees {policy.observation_space}, the environment shows {env.observation_space}, and stacking its "
         "frames does not help. Pass the environment with single frames that the model's environment was built on."
     )
+
+
+def _channels_first(space: spaces.Space[Any]) -> spaces.Space[Any]:
+    if isinstance(space, spaces.Box) and is_frame_space(space) and len(space.shape) == 3:
+        return stacked_space(space, 1)
+    return space
+
+
+def _predicts_from(wanted: spaces.Space[Any], shown: spaces.Space[Any]) -> bool:
+    """Tell whether ``predict`` takes what is shown; in a ``Dict`` it brings the channels of pictures to the front."""
+    if wanted == shown or not isinstance(shown, spaces.Dict):
+        return bool(wanted == shown)
+    return bool(wanted == spaces.Dict({key: _channels_first(part) for key, part in shown.items()}))
 
 
 def _learnt_padding(model: BaseAlgorithm, n_frames: int) -> str:
@@ -167,7 +214,7 @@ def collect_episodes(
     :return: the episodes
     :raises ValueError: if not exactly one of ``n_episodes`` and ``n_steps`` is given and positive, or the model does
         not fit
-    :raises TypeError: if ``policy`` is none of these, or the observations are no arrays
+    :raises TypeError: if ``policy`` is none of these, or see :class:`EpisodeRecorder`
     """
     wanted = n_steps if n_episodes is None else n_episodes
     if (n_episodes is None) == (n_steps is None) or wanted is None or wanted < 1:

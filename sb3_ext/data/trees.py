@@ -14,6 +14,11 @@ Observations: TypeAlias = "NDArray[Any] | dict[str, NDArray[Any]]"
 """Of one episode: an array ``[T + 1, ...]``, or one per entry of a ``Dict`` space."""
 
 
+def are_texts(space: spaces.Space[Any]) -> bool:
+    """Tell spaces of texts: ``Text``, and others whose type is ``str``, such as MiniGrid's missions."""
+    return space.dtype is not None and space.dtype.kind == "U"
+
+
 def leaves(space: spaces.Space[Any], path: str = "") -> Iterator[tuple[str, spaces.Space[Any]]]:
     """
     Entries of a space that have no entries themselves, in order: ``("goal/achieved", Box)`` and so on.
@@ -88,4 +93,4 @@ def short_space(space: spaces.Space[Any] | None) -> str:
         return f"Box({space.low.min()}, {space.high.max()}, {space.shape}, {space.dtype})"
     if isinstance(space, spaces.Dict):
         return f"Dict({', '.join(f'{key}: {short_space(entry)}' for key, entry in space.spaces.items())})"
-    return "Text" if isinstance(space, spaces.Text) else str(space)
+    return "Text" if are_texts(space) else str(space)

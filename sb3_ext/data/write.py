@@ -7,13 +7,14 @@ import platform
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import gymnasium as gym
 import minari
 import numpy as np
+from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from minari.data_collector.episode_buffer import EpisodeBuffer
 from minari.dataset.minari_dataset import DATASET_ID_RE
@@ -21,14 +22,17 @@ from minari.dataset.minari_storage import MinariStorage
 from minari.storage.datasets_root_dir import get_dataset_path
 from numpy.typing import NDArray
 
-from sb3_ext.data.checks import check_action_space
+from sb3_ext.data.checks import DatasetError, check_action_space
 from sb3_ext.data.envs import is_frame_space
 from sb3_ext.data.folders import dataset_folder, ensure_namespace
-from sb3_ext.data.transforms.pipeline import Pipeline
+from sb3_ext.data.trees import are_texts, leaves
 from sb3_ext.files import remove_leftovers
-from sb3_ext.replay.frames import unpack_frames
+from sb3_ext.replay.frames import pack_frames, unpack_frames
 
 _FORMATS = ("arrow", "hdf5", "parquet")
+_ACTIONS = (spaces.Discrete, spaces.Box, spaces.MultiDiscrete, spaces.MultiBinary)
+WORDS = spaces.Text(512, min_length=0, charset="".join(map(chr, range(32, 127))))
+"""Space under which texts are stored whose own space says nothing of them, such as the missions of MiniGrid."""
 _OBSERVERS = (
     "sb3_ext.data.record:EpisodeRecorder",
     "sb3_ext.data.dqn_replay.log:ReplayLogger",
@@ -36,29 +40,63 @@ _OBSERVERS = (
 )
 """Wrappers that change nothing, so that the dataset's environment needs none of them."""
 
+PackedFrames: TypeAlias = tuple[bytes, tuple[int, ...], str]
+Packed: TypeAlias = "PackedFrames | list[str] | dict[str, Packed] | tuple[Packed, ...]"
+
+
+def pack_observations(observations: Any) -> Packed:
+    """
+    Compress the observations of an episode.
+
+    :param observations: an array ``[T + 1, ...]``, a list of texts, or a dictionary or tuple of observations
+    :return: the same structure with each array compressed
+    """
+    if isinstance(observations, dict):
+        return {key: pack_observations(part) for key, part in observations.items()}
+    if isinstance(observations, tuple):
+        return tuple(map(pack_observations, observations))
+    return observations if isinstance(observations, list) else pack_frames(observations)
+
+
+def unpack_observations(packed: Packed) -> Any:
+    """Undo :func:`pack_observations`; the arrays are read-only."""
+    if isinstance(packed, dict):
+        return {key: unpack_observations(part) for key, part in packed.items()}
+    if isinstance(packed, list):
+        return packed
+    parts: tuple[Any, ...] = packed
+    if parts and isinstance(parts[0], bytes):
+        return unpack_frames(*parts)
+    return tuple(unpack_observations(part) for part in parts)
+
 
 @dataclass(frozen=True)
 class Episode:
     """
     One recorded episode of T steps.
 
-    :param observations: ``[T + 1, ...]``, compressed
+    :param packed: the observations, see :func:`pack_observations`
     :param actions: ``[T]`` or ``[T, ...]``
     :param rewards: ``[T]``, as the environment gave them
     :param terminated: whether the last step ended the task
     :param seed: the seed the environment was reset with, if any
     """
 
-    packed: tuple[bytes, tuple[int, ...], str]
+    packed: Packed
     actions: NDArray[Any]
     rewards: NDArray[np.float64]
     terminated: bool
     seed: int | None
 
     @property
-    def observations(self) -> NDArray[Any]:
-        """Decompress the observations, ``[T + 1, ...]``."""
-        return unpack_frames(*self.packed)
+    def observations(self) -> Any:
+        """
+        Decompress the observations.
+
+        They are ``[T + 1, ...]``; T + 1 texts in a list if the space is ``Text``; for ``Dict`` and ``Tuple`` a
+        dictionary or tuple of such parts.
+        """
+        return unpack_observations(self.packed)
 
     def to_minari(self, number: int) -> EpisodeBuffer:
         """
@@ -139,6 +177,77 @@ def check_new_id(dataset_id: str, overwrite: bool = False) -> tuple[str | None, 
     return match["namespace"], folder
 
 
+def stored_space(space: spaces.Space[Any]) -> spaces.Space[Any]:
+    """Space that Minari can write down for what an environment shows: other spaces of texts become :data:`WORDS`."""
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({key: stored_space(part) for key, part in space.items()})
+    if isinstance(space, spaces.Tuple):
+        return spaces.Tuple([stored_space(part) for part in space.spaces])
+    return WORDS if are_texts(space) and not isinstance(space, spaces.Text) else space
+
+
+def _bad_key(key: Any, data_format: str) -> bool:
+    """Tell keys that Minari's storage would lose; HDF5 takes them as paths."""
+    return not isinstance(key, str) or (data_format == "hdf5" and (key in ("", ".") or "/" in key or "\0" in key))
+
+
+def _obstacle(space: spaces.Space[Any], data_format: str) -> str:
+    """Say why a format cannot hold a space, or nothing."""
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        parts = space.spaces if isinstance(space, spaces.Dict) else {str(k): part for k, part in enumerate(space)}
+        if not parts and data_format != "hdf5":
+            return f"{space} is empty"
+        bad = [key for key in parts if _bad_key(key, data_format)]
+        if bad:
+            return f"the key {bad[0]!r} is no name there"
+        return next((why for part in parts.values() if (why := _obstacle(part, data_format))), "")
+    if isinstance(space, spaces.Text):
+        surrogates = any("\ud800" <= c <= "\udfff" for c in space.characters)
+        if surrogates or (data_format == "hdf5" and "\0" in space.characters):
+            return f"the characters of {space!a} are no text there"
+    elif isinstance(space, _ACTIONS):
+        if 0 in (space.shape or ()) or space.dtype.kind not in "biuf" or space.dtype.itemsize > 8:
+            return f"arrays of shape {space.shape} and type {space.dtype} cannot be stored"
+    elif not are_texts(space):
+        return f"{space} is none of Box, Discrete, MultiDiscrete, MultiBinary, Text, and Dict and Tuple of those"
+    return ""
+
+
+def choose_format(dataset_id: str, env: gym.Env[Any, Any], data_format: str | None = None) -> str:
+    """
+    Choose the format of a new dataset, or make sure that the one that is wanted can hold it.
+
+    :param dataset_id: for the message
+    :param env: environment of the dataset
+    :param data_format: see :func:`write_dataset`
+    :return: the format; Parquet for pictures, also those in a ``Dict`` or ``Tuple``, HDF5 otherwise; the other one
+        where only that can hold the observations
+    :raises DatasetError: if none can, or not the one that is wanted
+    :raises ValueError: if there is no format of that name
+    """
+    if data_format is not None and data_format not in _FORMATS:
+        raise ValueError(f"data_format must be one of {', '.join(_FORMATS)}, not {data_format!r}.")
+    space = env.observation_space
+    pictures = any(is_frame_space(entry) for _, entry in leaves(space))
+    preferred = ("parquet", "hdf5") if pictures else ("hdf5", "parquet")
+    tried = preferred if data_format is None else (data_format,)
+    for name in tried:
+        if not _obstacle(space, name):
+            break
+    else:
+        able = [other for other in preferred if not _obstacle(space, other)]
+        remedy = f"Pass data_format={able[0]!r}." if able else "Record through a wrapper that changes them."
+        raise DatasetError(
+            f"{dataset_id}: {tried[0]} cannot hold the observations {space!a}: {_obstacle(space, tried[0])}. {remedy}"
+        )
+    actions = env.action_space
+    if not isinstance(actions, _ACTIONS) or _obstacle(actions, name):
+        raise DatasetError(
+            f"{dataset_id}: the actions are {actions}; Discrete, Box, MultiDiscrete and MultiBinary can be recorded."
+        )
+    return name
+
+
 def check_new_dataset(
     dataset_id: str, env: gym.Env[Any, Any], data_format: str | None = None, overwrite: bool = False
 ) -> None:
@@ -149,28 +258,62 @@ def check_new_dataset(
     :param env: see :func:`write_dataset`
     :param data_format: see :func:`write_dataset`
     :param overwrite: see :func:`write_dataset`
-    :raises DatasetError: if the observations are no vectors or pictures, or the actions neither discrete nor vectors
+    :raises DatasetError: if observations or actions are of a space that cannot be stored or loaded
     :raises ValueError: if the id or the format is none, the id is taken, or the environment has no spec that can be
         stored
     """
     check_new_id(dataset_id, overwrite)
-    if data_format is not None and data_format not in _FORMATS:
-        raise ValueError(f"data_format must be one of {', '.join(_FORMATS)}, not {data_format!r}.")
-    Pipeline(None, env.observation_space, check_action_space(env.action_space, dataset_id), dataset_id)
+    choose_format(dataset_id, env, data_format)
+    check_action_space(env.action_space, dataset_id)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come when the dataset is written
         plain_spec(env)
 
 
 def requirements(env: gym.Env[Any, Any]) -> list[str]:
-    """Pip requirements, ``name==version``, of an environment: the packages its and its wrappers' classes come from."""
+    """
+    Pip requirements, ``name==version``, of an environment.
+
+    They are the packages that its entry point, its class and its wrappers' classes come from, and gymnasium.
+    """
     owners = importlib.metadata.packages_distributions()
     modules, layer = {"gymnasium", type(env.unwrapped).__module__.split(".")[0]}, env
+    if env.spec is not None and env.spec.entry_point is not None:
+        entry = env.spec.entry_point
+        modules.add((entry if isinstance(entry, str) else entry.__module__).split(":")[0].split(".")[0])
     while isinstance(layer, gym.Wrapper):
         modules.add(type(layer).__module__.split(".")[0])
         layer = layer.env
     names = {name for module in modules for name in owners.get(module, [])}
     return [f"{name}=={importlib.metadata.version(name)}" for name in sorted(names)]
+
+
+def _fitted(values: Any, space: spaces.Space[Any], data_format: str) -> Any:
+    """
+    Bring one episode's observations or actions to the types of their space where the format keeps no others.
+
+    :raises ValueError: if that would change a value, or a text is none of :data:`WORDS`
+    """
+    if isinstance(space, spaces.Dict):
+        return {key: _fitted(values[key], part, data_format) for key, part in space.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(_fitted(v, part, data_format) for v, part in zip(values, space.spaces, strict=True))
+    if are_texts(space):
+        odd = [] if isinstance(space, spaces.Text) else [text for text in set(values) if text not in WORDS]
+        if odd:
+            raise ValueError(f"A text must have at most {WORDS.max_length} ASCII characters, not {sorted(odd)[0]!r}.")
+        return values
+    values = np.asarray(values)
+    if data_format == "hdf5" or values.dtype == space.dtype:
+        return values
+    with np.errstate(invalid="ignore"):
+        converted = values.astype(space.dtype)
+    if not np.array_equal(converted, values, equal_nan=True):
+        raise ValueError(
+            f"The environment's {values.dtype} values do not fit the {space.dtype} of {space}, which is all that "
+            f'{data_format} keeps. Pass data_format="hdf5".'
+        )
+    return converted
 
 
 def write_dataset(
@@ -206,20 +349,21 @@ def write_dataset(
     :param ref_min_score: return of a random policy, for Minari's normalised score
     :param ref_max_score: return of an expert
     :param data_format: ``"hdf5"``, ``"arrow"`` or ``"parquet"``; default: Parquet for images (40 times smaller than
-        raw), HDF5 otherwise
+        raw), HDF5 otherwise, see :func:`choose_format`
     :param metadata: further entries for the dataset's metadata
     :param overwrite: replace a dataset of the same id
     :return: the dataset
-    :raises ValueError: if the id is malformed, lacks a version, is taken, or there is no episode
+    :raises DatasetError: if observations or actions are of a space that the format cannot hold
+    :raises ValueError: if the id is malformed, lacks a version, is taken, there is no episode, or values do not fit
+        their space
     """
     namespace, final = check_new_id(dataset_id, overwrite)
     spec = plain_spec(env)
-    if data_format is None:
-        data_format = "parquet" if is_frame_space(env.observation_space) else "hdf5"
+    data_format = choose_format(dataset_id, env, data_format)
     with dataset_folder(final) as partial:
         storage = MinariStorage.new(
             partial / "data",
-            observation_space=env.observation_space,
+            observation_space=stored_space(env.observation_space),
             action_space=env.action_space,
             env_spec=spec,
             data_format=data_format,
@@ -230,7 +374,12 @@ def write_dataset(
         def numbered() -> Iterator[EpisodeBuffer]:
             for number, episode in enumerate(episodes):
                 rewards.append(episode.rewards)
-                yield episode.to_minari(number)
+                buffer = episode.to_minari(number)
+                yield replace(
+                    buffer,
+                    observations=_fitted(buffer.observations, env.observation_space, data_format),
+                    actions=_fitted(buffer.actions, env.action_space, data_format),
+                )
 
         # Minari measures the whole folder after each episode, which makes long logs quadratic to write
         storage.get_size = lambda: 0.0

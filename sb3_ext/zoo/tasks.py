@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import textwrap
@@ -14,6 +15,7 @@ import gymnasium as gym
 import minari
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from minari.storage import get_dataset_path
 
 from sb3_ext.data import StackFrames, TransformedEnv, make_atari_env, policy_for
@@ -131,7 +133,7 @@ def check_env_id(env_id: str) -> None:
             raise ZooError('Atari games need: pip install "sb3-ext[atari]"') from error
         gym.register_envs(ale_py)
     try:
-        gym.spec(env_id)
+        _spec(env_id)
     except (gym.error.Error, ImportError) as error:
         raise ZooError(f"There is no environment {env_id!r}; {hint(env_id, gym.registry)}") from error
     if is_atari(env_id) and not env_id.startswith("ALE/"):
@@ -140,7 +142,14 @@ def check_env_id(env_id: str) -> None:
 
 def is_atari(env_id: str) -> bool:
     """Whether a registered environment is an Atari game."""
-    return "AtariEnv" in str(gym.spec(env_id).entry_point)
+    return "AtariEnv" in str(_spec(env_id).entry_point)
+
+
+def _spec(env_id: str) -> EnvSpec:
+    module, _, name = env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    return gym.spec(name)
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env[Any, Any]:

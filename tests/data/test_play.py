@@ -172,8 +172,6 @@ def test_nothing_finished_nothing_written(script: Any, capsys: pytest.CaptureFix
         (["CartPole-v1", "--id", "aa/human-v0", "--keys", "left:7"], "action 7 is outside"),
         (["CartPole-v1", "--id", "aa/human-v0", "--keys", "bogus:1"], "no key 'bogus'"),
         (["Pendulum-v1", "--id", "aa/human-v0"], "Only discrete actions"),
-        (["Blackjack-v1", "--id", "aa/human-v0"], "observation_space is Tuple"),
-        (["FrozenLake-v1", "--id", "aa/human-v0"], "FlattenObservation"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,10 +210,67 @@ def test_an_environment_that_draws_nothing_is_refused(script: Any, drawn: Any, w
     assert not pygame.display.get_init()
 
 
-def test_observations_that_are_no_arrays_cannot_be_kept(script: Any) -> None:
+class Listed(Blank):
+    """Shows a list of any length."""
+
+    observation_space = gym.spaces.Sequence(gym.spaces.Discrete(2))  # type: ignore[assignment]
+
+
+def test_observations_of_no_fixed_structure_cannot_be_kept(script: Any) -> None:
     script({0: ["escape"]})
     with pytest.raises(TypeError, match="observations that are arrays"):
-        play_episodes(gym.make("Blackjack-v1", render_mode="rgb_array"), 1, message=lambda text: None)
+        play_episodes(Listed(np.zeros((2, 2, 3))), 1, message=lambda text: None)
+
+
+def test_observations_that_are_not_one_array_are_kept(script: Any) -> None:
+    script({}, lambda n: ["0", "-0"] if n % 2 else ["return"])
+    assert main(["data", "play", "Blackjack-v1", "--episodes", "2", "--id", "blackjack/human-v0"]) == 0
+    dataset = minari.load_dataset("blackjack/human-v0")
+    assert isinstance(dataset.observation_space, gym.spaces.Tuple)
+    for k, episode in enumerate(dataset):
+        env = gym.make("Blackjack-v1")
+        wanted = [env.reset(seed=k)[0], *(env.step(int(action))[0] for action in episode.actions)]
+        assert list(zip(*(part.tolist() for part in episode.observations), strict=True)) == wanted
+
+
+class Signs(Blank, gym.utils.RecordConstructorArgs):
+    """Shows a dictionary with a text, and draws itself."""
+
+    observation_space = gym.spaces.Dict(t=gym.spaces.Discrete(4), sign=gym.spaces.Text(4))  # type: ignore[assignment]
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        gym.utils.RecordConstructorArgs.__init__(self)
+        super().__init__(np.zeros((2, 2, 3), np.uint8))
+        self.t = 0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        self.t = 0
+        return {"t": 0, "sign": "go"}, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        return {"t": self.t, "sign": "stop" if self.t == 3 else "go"}, 1.0, self.t == 3, False, {}
+
+
+def test_dictionaries_are_kept(script: Any) -> None:
+    gym.register("Signs-v0", entry_point=f"{__name__}:Signs", disable_env_checker=True)
+    script({}, lambda n: ["return"] if n % 2 else ["1", "-1"])
+    assert main(["data", "play", "Signs-v0", "--episodes", "1", "--id", "signs/human-v0"]) == 0
+    gym.registry.pop("Signs-v0")
+    (episode,) = minari.load_dataset("signs/human-v0")
+    assert episode.observations["t"].tolist() == [0, 1, 2, 3]
+    assert episode.observations["sign"] == ["go", "go", "go", "stop"]
+    assert episode.actions.tolist() == [1, 1, 1]
+
+
+def test_an_environment_of_another_package_is_played(script: Any) -> None:
+    pytest.importorskip("minigrid")
+    script({}, lambda n: ["return"] if n % 2 else ["0", "-0", "escape"][: 3 if n > 400 else 2])
+    words = ["data", "play", "minigrid:BabyAI-GoToObj-v0", "--episodes", "1", "--id", "minigrid/human-v0"]
+    assert main(words) == 0
+    (episode,) = minari.load_dataset("minigrid/human-v0")
+    assert set(episode.actions.tolist()) == {0}
+    assert set(episode.observations["mission"]) == {gym.make("BabyAI-GoToObj-v0").reset(seed=0)[0]["mission"]}
 
 
 def test_keys() -> None:

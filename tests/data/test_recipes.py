@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import minari
 import numpy as np
 import pytest
 
@@ -79,3 +80,25 @@ def test_the_scripted_players_log_converts(
     assert dataset.total_steps >= 300
     assert all(e.terminations[-1] for e in dataset)
     assert np.concatenate([e.rewards for e in dataset]).max() == 1
+
+
+def test_the_bots_episodes_succeed_as_often_as_it_is_right(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("minigrid")
+    words = ["babyai_bot.py", "--steps", "600", "--mistakes", "1", "0", "--id", "minigrid/bot-v0"]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(ROOT / "datasets" / "babyai_bot.py"), run_name="__main__")
+    lost, won, total = capsys.readouterr().out.splitlines()
+    assert "0% random moves" in won
+    assert won.endswith("100.0% successful")
+    dataset = minari.load_dataset("minigrid/bot-v0")
+    successes = [bool(e.rewards.sum() > 0) for e in dataset]
+    assert lost.startswith("100% random moves")
+    assert not all(successes)
+    assert dataset.storage.metadata["success_rate"] == pytest.approx(np.mean(successes))
+    assert f"{len(successes)} episodes, {dataset.total_steps} steps, {np.mean(successes):.1%} successful" in total
+    assert set(dataset[0].observations) == {"image", "direction", "mission"}
+    assert dataset[0].observations["image"].shape[1:] == (7, 7, 3)
+    assert all(len(set(e.observations["mission"])) == 1 for e in dataset)
+    assert dataset[0].observations["mission"][0].startswith("go to the ")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sb3_ext.data.checks import DatasetError
 from sb3_ext.data.envs import is_frame_space, to_channel_first
 from sb3_ext.data.transforms.base import EntryTransform, Transform, entry_names
-from sb3_ext.data.trees import leaves, short_space, stacked
+from sb3_ext.data.trees import are_texts, leaves, short_space, stacked
 
 _WORD = re.compile(r"[a-z0-9]+")
 
@@ -56,7 +56,7 @@ class Tokens(EntryTransform):
 
     def change(self, space: Any) -> tuple[spaces.Space[Any], Callable[[Any], Any]] | None:
         """See :meth:`EntryTransform.change`."""
-        if not isinstance(space, spaces.Text):
+        if not are_texts(space):
             return None
         numbers = {word: k + 2 for k, word in enumerate(self.words)}
         known: dict[str, NDArray[np.int64]] = {}
@@ -78,7 +78,7 @@ class Flatten(Transform):
 
     def bind(self, space: spaces.Space[Any], action_space: spaces.Space[Any]) -> Any:
         """See :meth:`Transform.bind`."""
-        self._entries = [(key, entry) for key, entry in leaves(space) if not isinstance(entry, spaces.Text)]
+        self._entries = [(key, entry) for key, entry in leaves(space) if not are_texts(entry)]
         if not self._entries:
             raise DatasetError(f"transform flatten: nothing can be flattened in {short_space(space)}.")
         kept = OrderedDict(self._entries)
@@ -211,7 +211,7 @@ class AsStableBaselines(Transform):
     def bind(self, space: spaces.Space[Any], action_space: spaces.Space[Any]) -> Any:
         """See :meth:`Transform.bind`."""
         entries = OrderedDict(leaves(space))
-        self.dropped = [key for key, entry in entries.items() if isinstance(entry, spaces.Text)]
+        self.dropped = [key for key, entry in entries.items() if are_texts(entry)]
         kept = OrderedDict((key, _plain_entry(key, entry)) for key, entry in entries.items() if key not in self.dropped)
         if not kept:
             raise DatasetError(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from sb3_ext.data.checks import choose_padding
 from sb3_ext.data.envs import StackFrames, is_frame_space, padding_shown_by, stacked_space
+from sb3_ext.data.transforms.pipeline import TransformedEnv
 from sb3_ext.data.trees import are_texts
 from sb3_ext.data.write import Episode, check_new_dataset, pack_observations, write_dataset
 
@@ -155,9 +156,13 @@ def _as_actor(
 
 
 def _agent_view(policy: BaseAlgorithm | Policy | None, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    """Stack frames for a model that was trained on stacks of what ``env`` shows."""
+    """Let a model see what it was trained on: through its transforms, and stacks of what ``env`` shows."""
     if not _is_model(policy) or _predicts_from(policy.observation_space, env.observation_space):
         return env
+    if transforms := getattr(policy, "dataset_info", {}).get("transforms"):
+        env = TransformedEnv(env, transforms)
+        if _predicts_from(policy.observation_space, env.observation_space):
+            return env
     if isinstance(env.observation_space, spaces.Box):
         wanted, single = policy.observation_space.shape, stacked_space(env.observation_space, 1).shape
         if wanted is not None and wanted[1:] == single[1:] and wanted[0] % single[0] == 0:
@@ -173,7 +178,8 @@ def _agent_view(policy: BaseAlgorithm | Policy | None, env: gym.Env[Any, Any]) -
 
 def _channels_first(space: spaces.Space[Any]) -> spaces.Space[Any]:
     if isinstance(space, spaces.Box) and is_frame_space(space) and len(space.shape) == 3:
-        return stacked_space(space, 1)
+        first: spaces.Space[Any] = stacked_space(space, 1)
+        return first
     return space
 
 

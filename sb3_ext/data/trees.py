@@ -93,4 +93,4 @@ def short_space(space: spaces.Space[Any] | None) -> str:
         return f"Box({space.low.min()}, {space.high.max()}, {space.shape}, {space.dtype})"
     if isinstance(space, spaces.Dict):
         return f"Dict({', '.join(f'{key}: {short_space(entry)}' for key, entry in space.spaces.items())})"
-    return "Text" if are_texts(space) else str(space)
+    return "Text" if space is not None and are_texts(space) else str(space)

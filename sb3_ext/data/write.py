@@ -22,7 +22,7 @@ from minari.dataset.minari_storage import MinariStorage
 from minari.storage.datasets_root_dir import get_dataset_path
 from numpy.typing import NDArray
 
-from sb3_ext.data.checks import DatasetError, check_action_space
+from sb3_ext.data.checks import DatasetError
 from sb3_ext.data.envs import is_frame_space
 from sb3_ext.data.folders import dataset_folder, ensure_namespace
 from sb3_ext.data.trees import are_texts, leaves
@@ -264,7 +264,6 @@ def check_new_dataset(
     """
     check_new_id(dataset_id, overwrite)
     choose_format(dataset_id, env, data_format)
-    check_action_space(env.action_space, dataset_id)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come when the dataset is written
         plain_spec(env)

@@ -154,7 +154,7 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        if policy == "MultiInputPolicy":
+        if policy == "MultiInputPolicy" or isinstance(getattr(env, "observation_space", None), spaces.Dict):
             raise ValueError(
                 "EfficientZeroV2 needs Box observations, not Dict: wrap the environment in "
                 "sb3_ext.data.TransformedEnv(env, 'flatten'), and take MlpPolicy."

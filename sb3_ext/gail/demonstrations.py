@@ -32,6 +32,7 @@ from sb3_ext.data.checks import (
 from sb3_ext.data.envs import is_frame_space, padding_shown_by, to_channel_first
 from sb3_ext.data.source import DatasetLike, env_spec, open_for_agent
 from sb3_ext.data.transforms.pipeline import transforms_of
+from sb3_ext.data.trees import short_space
 from sb3_ext.gail.discriminator import Batch
 from sb3_ext.normalize import begin_statistics
 from sb3_ext.replay.batch import unscaled
@@ -181,15 +182,21 @@ def load_trajectories(demonstrations: DemonstrationsLike, env: gym.Env[Any, Any]
     ]
 
 
+def check_observations_of(space: spaces.Space[Any] | None) -> None:
+    """Refuse an environment, if its observations are known, that shows anything but arrays."""
+    if space is not None and not isinstance(space, spaces.Box):
+        raise TypeError(
+            f"GAIL needs Box observations, the environment has {short_space(space)}; wrap it: "
+            "sb3_ext.data.TransformedEnv(env, 'flatten'). The demonstrations follow."
+        )
+
+
 def _read(
     demonstrations: Any, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], env: VecEnv | None
 ) -> tuple[str, list[Demonstration], spaces.Space[Any]]:
     """Name, episodes and space of their observations."""
-    if not isinstance(observation_space, spaces.Box):
-        raise TypeError(
-            f"GAIL needs Box observations, the environment has {observation_space}; "
-            "wrap it: sb3_ext.data.TransformedEnv(env, 'flatten'). The demonstrations follow."
-        )
+    check_observations_of(observation_space)
+    assert isinstance(observation_space, spaces.Box)
     if isinstance(demonstrations, (minari.MinariDataset, str, os.PathLike)):
         return _read_minari(demonstrations, observation_space, action_space, env)
     space = observation_space

@@ -18,7 +18,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 
 from sb3_ext.arguments import check_least
 from sb3_ext.data.envs import is_frame_space
-from sb3_ext.gail.demonstrations import Demonstrations, DemonstrationsLike
+from sb3_ext.gail.demonstrations import Demonstrations, DemonstrationsLike, check_observations_of
 from sb3_ext.gail.discriminator import Discriminator
 from sb3_ext.gail.reward import LOGIT_CLIP, AbsorbingStates, RewardForm, make_reward_net, reward_form
 from sb3_ext.gail.rollout import RolloutNotes
@@ -137,6 +137,7 @@ class GAIL(PPO):
         _init_setup_model: bool = True,
     ) -> None:
         reward_form(reward)
+        check_observations_of(getattr(env, "observation_space", None))
         check_least(1, disc_batch_size=disc_batch_size, penalty_every=penalty_every, replay_rollouts=replay_rollouts)
         check_least(0, n_disc_updates=n_disc_updates, gradient_penalty=gradient_penalty, bc_epochs=bc_epochs)
         check_least(0, disc_learning_rate=None if callable(disc_learning_rate) else disc_learning_rate)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from sb3_ext import CQL, load_minari, make_eval_env
+from sb3_ext import CQL, load_minari, make_eval_env, record
 from sb3_ext.data import DatasetError, Transform, TransformedEnv, dataset_spaces, sample_transitions
 from sb3_ext.data.transforms.pipeline import Pipeline
 from tests.helpers import MakeDataset, flags
@@ -161,6 +161,33 @@ def test_atari_is_what_gymnasiums_preprocessing_makes_of_one_frame() -> None:
     for action in (2, 2, 3, 3, 0):
         np.testing.assert_array_equal(pipeline.observations(a[None])[0], b)
         a, b = raw.step(action)[0], processed.step(action)[0]
+
+
+def test_public_atari_frames_are_learnt_from_as_small_ones_are() -> None:
+    """One play of Breakout, recorded in colours and as 84x84 grey frames: the same data, so the same weights."""
+    pytest.importorskip("cv2")
+    gym.register_envs(pytest.importorskip("ale_py"))
+    colours = gym.make("ALE/Breakout-v5", max_episode_steps=120)
+    small = gym.wrappers.AtariPreprocessing(
+        gym.make("ALE/Breakout-v5", max_episode_steps=120), noop_max=0, frame_skip=1
+    )
+    models = []
+    for env, name, transforms in ((colours, "colours", "atari"), (small, "small", None)):
+        record(None, env, f"same/{name}-v0", n_episodes=2, seed=3)
+        kwargs = {"transforms": transforms, "storage": "ram"}
+        model = CQL(
+            "CnnPolicy", f"same/{name}-v0", seed=0, device="cpu", batch_size=8, dataset_kwargs=kwargs,
+            policy_kwargs={"n_quantiles": 5},
+        ).learn(5)  # fmt: skip
+        models.append(model)
+    first, second = models
+    assert first.observation_space == second.observation_space == spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    np.testing.assert_array_equal(first.replay_buffer.frames.array, second.replay_buffer.frames.array)
+    for ours, theirs in zip(first.policy.parameters(), second.policy.parameters(), strict=True):
+        np.testing.assert_array_equal(ours.detach().numpy(), theirs.detach().numpy())
+    env = make_eval_env("same/colours-v0", transforms="atari")
+    assert env.observation_space == first.observation_space
+    assert first.predict(env.reset())[0].shape == (1,)
 
 
 def test_max_pool_looks_one_picture_back() -> None:

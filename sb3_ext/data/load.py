@@ -29,7 +29,7 @@ from sb3_ext.data.envs import StackFrames, is_frame_space, padding_shown_by, sta
 from sb3_ext.data.source import DatasetLike as DatasetLike
 from sb3_ext.data.source import Source, building, env_spec, open_source
 from sb3_ext.data.transforms.pipeline import TransformedEnv, TransformLike
-from sb3_ext.data.trees import short_space
+from sb3_ext.data.trees import alike, short_space
 from sb3_ext.data.write import return_statistics
 from sb3_ext.replay.dataset import OfflineReplayBuffer, PrioritizedOfflineReplayBuffer
 from sb3_ext.replay.device import DeviceFrames
@@ -320,6 +320,12 @@ def make_eval_env(
         env: gym.Env[Any, Any] = Monitor(gym.make(spec, **kwargs))
         if not source.pipeline.changes_nothing:
             env = TransformedEnv(env, source.pipeline.names)
+        if not alike(env.observation_space, source.observation_space):
+            raise DatasetError(
+                f"{source.name}: its environment shows {short_space(env.observation_space)}, the data has "
+                f"{short_space(source.observation_space)}: it was recorded through wrappers that are not stored. Build "
+                "the environment yourself, with them, and pass it as env=."
+            )
         return StackFrames(env, stack, padding) if stack > 1 or is_frame_space(source.observation_space) else env
 
     with building(source.metadata, source.name):

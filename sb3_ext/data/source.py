@@ -35,7 +35,7 @@ from sb3_ext.data.checks import (
     outside_bounds,
 )
 from sb3_ext.data.transforms.pipeline import Pipeline, TransformLike
-from sb3_ext.data.trees import flat_observations, leaves
+from sb3_ext.data.trees import flat_observations, leaves, short_space
 
 DatasetLike: TypeAlias = minari.MinariDataset | str | os.PathLike[str]
 _AGAIN = "Delete the dataset and get it again."
@@ -51,8 +51,8 @@ def _reading(what: str, which_means: str = "") -> Iterator[None]:
     """Say what cannot be read, why, and what to do about it, instead of the reader's own error."""
     try:
         yield
-    except DatasetError:
-        raise
+    except DatasetError as error:
+        raise DatasetError(f"{what}: {error}") from error
     except ImportError as error:
         raise DatasetError(f"{what}: a package is missing ({error}). Install it: pip install {error.name}") from error
     except Exception as error:
@@ -104,6 +104,8 @@ class _Hdf5Storage:
         }
 
     def _column(self, place: Any, space: spaces.Space[Any]) -> Any:
+        if isinstance(space, (spaces.Dict, spaces.Tuple)) != hasattr(place, "keys"):
+            _refuse_structure(space, "entries" if hasattr(place, "keys") else "one array")
         if isinstance(space, spaces.Dict):  # entries that are missing are noticed where episodes are checked
             return {key: self._column(place[key], entry) for key, entry in space.spaces.items() if key in place}
         if isinstance(space, spaces.Tuple):
@@ -178,10 +180,19 @@ def _any_binary(kind: Any) -> bool:
     return bool(types.is_binary(kind))
 
 
+def _refuse_structure(space: spaces.Space[Any], stored: str) -> None:
+    raise DatasetError(
+        f"the metadata says that observations are {short_space(space)}, the file has {stored}. They are of different "
+        "datasets; write the dataset again."
+    )
+
+
 def _decode(column: Any, space: spaces.Space[Any]) -> Any:
     """Arrays of an Arrow column: a struct's entries, pictures that are JPEG files, boxes that are lists, the rest."""
     import pyarrow.types as types
 
+    if isinstance(space, (spaces.Dict, spaces.Tuple)) != types.is_struct(column.type):
+        _refuse_structure(space, "entries" if types.is_struct(column.type) else "one array")
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         names = [column.type.field(k).name for k in range(column.type.num_fields)]
         entries = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)

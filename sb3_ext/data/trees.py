@@ -62,6 +62,15 @@ def flat_observations(values: Any, space: spaces.Space[Any], path: str = "") -> 
     return flat
 
 
+def alike(first: spaces.Space[Any], second: spaces.Space[Any]) -> bool:
+    """Whether two spaces have the same entries, of the same kinds and shapes; bounds may differ."""
+    ours, theirs = dict(leaves(first)), dict(leaves(second))
+    return ours.keys() == theirs.keys() and all(
+        isinstance(theirs[key], spaces.Box) == isinstance(space, spaces.Box) and theirs[key].shape == space.shape
+        for key, space in ours.items()
+    )
+
+
 def stacked(observations: list[Any]) -> Any:
     """Observations, nested alike, as one with a first dimension; tuples become dictionaries of numbers."""
     first = observations[0]

@@ -1,19 +1,24 @@
 """Whoever follows a message's advice gets on: no message may lead to another refusal."""
 
+import json
 import re
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 from gymnasium import spaces
+from minari.serialization import serialize_space
+from minari.storage.datasets_root_dir import get_dataset_path
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_ext import BC, CQL, GAIL, EfficientZeroV2, load_minari
+from sb3_ext import BC, CQL, GAIL, EfficientZeroV2, load_minari, make_eval_env
 from sb3_ext.data import TransformedEnv
 from tests.data.families import FAMILIES, Family, make
-from tests.helpers import SMALL
+from tests.helpers import SMALL, flags
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 POLICIES = ("MlpPolicy", "CnnPolicy", "MultiInputPolicy")
@@ -127,9 +132,6 @@ def test_a_transformed_environment_takes_the_dataset_along() -> None:
 
 def damaged(change: Any, kind: str = "D4RL/kitchen/complete-v2") -> str:
     """A twin with something wrong in episode 2, on its disk."""
-    import h5py
-    from minari.storage.datasets_root_dir import get_dataset_path
-
     family = next(family for family in FAMILIES if family.id == kind)
     name = make(family)
     with h5py.File(get_dataset_path(name) / "data" / "main_data.hdf5", "a") as file:
@@ -185,8 +187,6 @@ def test_what_is_wrong_deep_inside_is_named(change: Any, message: str) -> None:
 
 
 def test_shapes_of_actions_that_mean_the_same(make_dataset: Any) -> None:
-    from tests.helpers import flags
-
     def one(actions: Any) -> dict[str, Any]:
         return {
             "observations": np.zeros((5, 1), np.float32),
@@ -203,3 +203,27 @@ def test_shapes_of_actions_that_mean_the_same(make_dataset: Any) -> None:
         warnings.simplefilter("error")
         buffer = load_minari(make_dataset([one(hot)], space, spaces.Discrete(3), dataset_id="by/hot-v0"), device="cpu")
     np.testing.assert_array_equal(buffer._get_samples(np.arange(4)).actions[:, 0], [2, 0, 1, 1])
+
+
+def test_an_environment_that_shows_something_else_is_named() -> None:
+    spec = json.loads(gym.spec("CartPole-v1").to_json())
+    vector = Family("by/other-v0", spaces.Box(-1, 1, (3,)), spaces.Discrete(2), spec)
+    with pytest.raises(ValueError, match=r"by/other-v0: its environment shows Box.*\(4,\).*the data has Box.*\(3,\)"):
+        make_eval_env(make(vector))
+
+
+def test_a_file_of_another_structure_is_not_called_damaged() -> None:
+    name = damaged(without("observations"))
+    with pytest.raises(ValueError, match=rf"^{name}, episode 2 cannot be read \(KeyError.*Delete the dataset"):
+        BC("MultiInputPolicy", name, device="cpu")
+    vector = Family("by/array-v0", spaces.Box(-1, 1, (3,)), spaces.Discrete(2))
+    for data_format in ("hdf5", "arrow"):
+        other = replace(vector, id=f"by/{data_format}-v0", data_format=data_format)
+        file = get_dataset_path(make(other)) / "data" / "metadata.json"
+        metadata = json.loads(file.read_text())
+        metadata["observation_space"] = serialize_space(spaces.Dict({"x": spaces.Box(-1, 1, (3,))}))
+        file.write_text(json.dumps(metadata))
+        with pytest.raises(
+            ValueError, match=r"episode 0 cannot be read: the metadata says .*Dict.* the file has one array"
+        ):
+            load_minari(other.id, device="cpu")

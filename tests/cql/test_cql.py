@@ -13,7 +13,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -653,3 +653,21 @@ def test_truncated_episodes_promise_more_than_they_returned(make_dataset: MakeDa
 
     assert data(True).largest_return(0.97) == pytest.approx((1 - 0.97**10) / 0.03)
     assert data(False).largest_return(0.97) == pytest.approx(1 / 0.03)
+
+
+@pytest.mark.parametrize("algorithm", [BC, CQL])
+def test_pictures_of_floats(algorithm: Any) -> None:
+    space = spaces.Box(0, 1, (3, 40, 40), np.float32)
+    rng = np.random.default_rng(0)
+    frames = rng.uniform(size=(12, 3, 40, 40)).astype(np.float32)
+    buffer = OfflineReplayBuffer(
+        ArrayFrames(frames), np.zeros(12, np.uint8), np.ones(12, np.float32), np.zeros(12, bool), np.array([11]), space,
+        spaces.Discrete(2), device="cpu",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"CnnPolicy needs pictures \(uint8"):
+        algorithm("CnnPolicy", buffer, device="cpu")
+    kwargs = {"normalize_images": False}
+    model = algorithm("CnnPolicy", buffer, seed=0, device="cpu", batch_size=4, policy_kwargs=kwargs).learn(2)
+    network = model.policy if algorithm is BC else model.quantile_net
+    assert type(network.features_extractor) is NatureCNN
+    assert model.predict(frames[0])[0] in (0, 1)

@@ -3,8 +3,10 @@
 import importlib
 import inspect
 import re
+import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 import sb3_ext
+from sb3_ext import CQL
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,7 +71,7 @@ EXAMPLES = [
     ("efficientzero.py", ["--steps", "60"]),
     ("gail.py", []),
     ("prioritized_dqn.py", []),
-    ("breakout.py", ["--steps", "2", "--episodes", "1"]),
+    ("breakout.py", ["--steps", "2", "--episodes", "1", "--record", "2000"]),
 ]
 
 
@@ -84,8 +87,27 @@ def test_example(name: str, arguments: list[str], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     if name == "breakout.py":
         written = {f.name for f in (tmp_path / "outputs" / "breakout").iterdir()}
-        assert {"curve.png", "agent.gif", "best_model.zip"} <= written
+        assert {"curve.png", "agent.gif", "model.zip", "best_model.zip", "evaluations.npz"} <= written
         assert re.search(r"CQL [\d.]+ .* own average [\d.]+, a random policy [\d.]+", done.stdout)
+
+
+def test_ctrl_c_leaves_what_the_main_job_has_learned(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "breakout.py"), "--record", "2000", "--episodes", "1"]
+    command += ["--steps", "600", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            deadline = time.monotonic() + 300
+            while not (tmp_path / "best_model.zip").exists() and run.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            run.send_signal(signal.SIGINT)
+            out, errors = run.communicate(timeout=300)
+        finally:
+            run.kill()
+    assert run.returncode == 0, errors[-3000:]
+    assert out.count("Stopped: ") == 1
+    assert re.search(r"CQL [\d.]+ .* a random policy [\d.]+", out)
+    assert {"curve.png", "agent.gif", "model.zip", "best_model.zip"} <= {f.name for f in tmp_path.iterdir()}
+    assert 100 <= CQL.load(tmp_path / "model", device="cpu").num_timesteps < 600
 
 
 def blocks(path: Path) -> list[str]:

@@ -166,7 +166,8 @@ def make_atari_env(game: str = "Breakout", *, sticky: float = 0.25, **kwargs: An
 
     :param game: name in CamelCase, as in ``ALE/<game>-v5``
     :param sticky: probability that the last action is repeated
-    :param kwargs: passed to ``gymnasium.make``, for instance ``render_mode="rgb_array"``
+    :param kwargs: passed to ``gymnasium.make``, for instance ``render_mode="rgb_array"``, or ``max_episode_steps``,
+        which counts frames, 4 a step
     :return: environment with single ``[84, 84]`` uint8 frames; wrap it in :class:`StackFrames` for an agent
     :raises ImportError: if ale-py or OpenCV is missing
     """
@@ -182,7 +183,6 @@ def make_atari_env(game: str = "Breakout", *, sticky: float = 0.25, **kwargs: An
         repeat_action_probability=sticky,
         full_action_space=False,
         disable_env_checker=True,
-        max_episode_steps=4 * ATARI_MAX_STEPS,
-        **kwargs,
+        **{"max_episode_steps": 4 * ATARI_MAX_STEPS, **kwargs},
     )
     return gym.wrappers.AtariPreprocessing(env, noop_max=0, frame_skip=4, screen_size=84, terminal_on_life_loss=False)

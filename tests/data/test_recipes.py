@@ -10,7 +10,8 @@ import minari
 import numpy as np
 import pytest
 
-from sb3_ext.data import convert_dqn_replay, verify_dataset
+from sb3_ext import make_eval_env
+from sb3_ext.data import convert_dqn_replay, make_atari_env, verify_dataset, write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,3 +103,33 @@ def test_the_bots_episodes_succeed_as_often_as_it_is_right(
     assert dataset[0].observations["image"].shape[1:] == (7, 7, 3)
     assert all(len(set(e.observations["mission"])) == 1 for e in dataset)
     assert dataset[0].observations["mission"][0].startswith("go to the ")
+
+
+def test_players_in_many_processes_play_what_they_play_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import breakout_players
+
+    words = ["breakout_players.py", "--steps", "400", "--mistakes", "1", "0.5", "--id", "breakout/two-v0"]
+    monkeypatch.setattr(sys, "argv", words)
+    breakout_players.main()
+    games = [*breakout_players.play(200, 1.0, 0), *breakout_players.play(200, 0.5, 100_000)]
+    dataset = minari.load_dataset("breakout/two-v0")
+    assert dataset.total_episodes == len(games) >= 2
+    for game, episode in zip(games, dataset, strict=True):
+        assert game.actions.tobytes() == episode.actions.tobytes()
+        assert np.array_equal(game.observations, episode.observations)
+        assert np.array_equal(game.rewards, episode.rewards)
+
+
+def test_agents_play_games_that_are_cut_as_the_players_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    import breakout_players
+
+    monkeypatch.setattr(breakout_players, "MAX_STEPS", 30)
+    games = breakout_players.play(70, 0.1, 0)
+    assert [len(g.actions) for g in games] == [30, 30, 30]
+    assert not any(g.terminated for g in games)
+    env = make_atari_env("Breakout", max_episode_steps=4 * 30)
+    dataset = write_dataset("breakout/cut-v0", games, env, algorithm_name="scripted", description="cut")
+    agents = make_eval_env(dataset)
+    agents.reset()
+    steps = next(n for n in range(1, 100) if agents.step(np.zeros(1, int))[2][0])
+    assert steps == 30

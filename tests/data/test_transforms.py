@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from sb3_ext import CQL, load_minari, make_eval_env, record
+from sb3_ext import BC, CQL, load_minari, make_eval_env, record
 from sb3_ext.data import DatasetError, Transform, TransformedEnv, dataset_spaces, sample_transitions
 from sb3_ext.data.transforms.pipeline import Pipeline
 from tests.helpers import MakeDataset, flags
@@ -502,3 +502,19 @@ def test_the_spaces_are_told_without_reading(grid: str) -> None:
     expected = OrderedDict([("count", spaces.Discrete(9)), ("deep/at", spaces.Box(-9, 9, (2,), np.float64))])
     assert observations == spaces.Dict(expected)
     assert actions == spaces.Discrete(3)
+
+
+@pytest.mark.filterwarnings("ignore:.*is left out")
+@pytest.mark.parametrize("algorithm", [BC, CQL])
+def test_learning_from_entries_continues_bit_for_bit(grid: str, algorithm: Any, tmp_path: Path) -> None:
+    def fresh() -> Any:
+        kwargs = {"transforms": ["tokens", "drop:pixels"], "storage": "ram"}
+        return algorithm("MultiInputPolicy", grid, seed=3, device="cpu", batch_size=8, dataset_kwargs=kwargs)
+
+    whole = fresh().learn(10)
+    fresh().learn(5).save(tmp_path / "half")
+    half = algorithm.load(tmp_path / "half", device="cpu")
+    half.set_dataset(grid)
+    half.learn(5, reset_num_timesteps=False)
+    for ours, theirs in zip(half.policy.parameters(), whole.policy.parameters(), strict=True):
+        np.testing.assert_array_equal(ours.detach().numpy(), theirs.detach().numpy())

@@ -5,7 +5,7 @@ Learning curves of CQL, offline QR-DQN (``cql_alpha=0``) and behaviour cloning f
     uv run --all-extras benchmarks/cql_learning.py --task minatar --seeds 0 1 2
     uv run --all-extras benchmarks/cql_learning.py --task catch-random --seeds 0 1 2
     uv run --all-extras benchmarks/cql_learning.py --task catch-narrow --seeds 0 1 2
-    uv run --all-extras benchmarks/cql_learning.py --task babyai --algos cql bc --seeds 0 1 2
+    uv run --all-extras benchmarks/cql_learning.py --task babyai --seeds 0 1 2
     uv run --all-extras benchmarks/cql_learning.py --task breakout --algos cql --seeds 0      # hours
     uv run --all-extras benchmarks/cql_learning.py --table
 
@@ -298,12 +298,23 @@ def table(results: Path) -> None:
                 continue
             last = [float(np.mean(r["curve"][-1]["returns"])) for r in group]
             best = [max(float(np.mean(p["returns"])) for p in r["curve"]) for r in group]
-            behaviour = group[0]["dataset"]["behaviour_return"]["mean"]
+            behaviour = group[0]["dataset"]["behaviour_return"]["mean"] / reward_scale(group[0]["dataset"])
             each = ", ".join(f"{x:.2f}" for x in last)
             print(
                 f"| {task} | {behaviour:.2f} | {algo} | {len(group)} | {group[0]['curve'][-1]['step']} | "
                 f"**{np.mean(last):.2f}** | {each} | {np.mean(best):.2f} |"
             )
+            for key in ("success", "sampled_success"):
+                if key in group[0]["curve"][-1]:
+                    shares = [r["curve"][-1][key] for r in group]
+                    each = ", ".join(f"{x:.3f}" for x in shares)
+                    print(f"| {task}, {key} | | {algo} | {len(group)} | | **{np.mean(shares):.3f}** | {each} | |")
+
+
+def reward_scale(dataset: dict[str, Any]) -> float:
+    """Factor between the data's rewards as they are learnt from, and as an evaluation counts them."""
+    factors = [t.split(":")[1] for t in dataset.get("transforms") or () if t.startswith("reward_scale:")]
+    return float(np.prod([float(factor) for factor in factors]))
 
 
 def parse(parser: argparse.ArgumentParser, table: Callable[[Path], None]) -> argparse.Namespace:

@@ -5,6 +5,7 @@ Learning curves of CQL, offline QR-DQN (``cql_alpha=0``) and behaviour cloning f
     uv run --all-extras benchmarks/cql_learning.py --task minatar --seeds 0 1 2
     uv run --all-extras benchmarks/cql_learning.py --task catch-random --seeds 0 1 2
     uv run --all-extras benchmarks/cql_learning.py --task catch-narrow --seeds 0 1 2
+    uv run --all-extras benchmarks/cql_learning.py --task babyai --seeds 0 1 2
     uv run --all-extras benchmarks/cql_learning.py --task breakout --algos cql --seeds 0      # hours
     uv run --all-extras benchmarks/cql_learning.py --table
 
@@ -34,6 +35,7 @@ from learning_envs import MinAtarCNN, SmallCNN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_ext import BC, CQL, make_eval_env
 from sb3_ext.data import collect_episodes, write_dataset
@@ -82,6 +84,22 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "catch-random": {"dataset": "sb3ext/catch/random-v0", **CATCH},
     "catch-narrow": {"dataset": "sb3ext/catch/narrow-v0", **CATCH},
+    "babyai": {
+        "dataset": "minigrid/BabyAI-GoToObj/noisy-bot-v0",
+        "policy": "MultiInputPolicy",
+        "steps": 9_000,
+        "eval_every": 3_000,
+        "eval_episodes": 200,
+        "success": True,
+        "common": {
+            "learning_rate": LinearSchedule(5e-4, 0.0, 1.0),
+            "policy_kwargs": {"net_arch": [128, 128], "n_quantiles": 10, "optimizer_kwargs": ADAM},
+            "batch_size": 64,
+            # there is one thing to go to, so the mission says nothing new
+            "dataset_kwargs": {"transforms": ["drop:mission", "one_hot:11,6,3@image", "reward_scale:10"]},
+        },
+        "cql": {"target_update_interval": 200, "gamma": 0.9, "cql_alpha": 0.3, "exploration_final_eps": 0.1},
+    },
     "breakout": {
         "dataset": "atari/breakout/mixed-v0",
         "policy": "CnnPolicy",
@@ -132,7 +150,8 @@ def make_data(task: str) -> None:
             data_format="hdf5",
         )  # fmt: skip
     else:
-        sys.exit("Make the dataset first: the second command at the top of datasets/breakout_scripted.py.")
+        recipe = {"breakout": "the second command at the top of datasets/breakout_scripted.py"}
+        sys.exit(f"Make the dataset first: {recipe.get(task, 'datasets/babyai_bot.py')}.")
 
 
 class LastValues(KVWriter):
@@ -150,10 +169,17 @@ class LastValues(KVWriter):
 
 
 class Curve(BaseCallback):
-    """Evaluate, keep every episode's return, save model and curve so that the run can go on later."""
+    """
+    Evaluate, keep every episode's return, save model and curve so that the run can go on later.
 
-    def __init__(self, env: Any, every: int, episodes: int, state: Path, curve: list[dict[str, Any]]) -> None:
+    :param success: evaluate greedy and sampled actions, and keep the shares of episodes with a return above 0 as well
+    """
+
+    def __init__(
+        self, env: Any, every: int, episodes: int, state: Path, curve: list[dict[str, Any]], success: bool = False
+    ) -> None:
         super().__init__()
+        self.success = success
         self.env, self.every, self.episodes, self.state, self.curve = env, every, episodes, state, curve
         self.last = LastValues()
         self._started = time.process_time()
@@ -165,18 +191,31 @@ class Curve(BaseCallback):
         if self.num_timesteps % self.every:
             return True
         cpu = time.process_time() - self._started
-        self.env.seed(10_000 + self.num_timesteps)
-        returns, _ = evaluate_policy(
-            self.model, self.env, self.episodes, deterministic=True, return_episode_rewards=True
-        )
-        self.curve.append(
-            {"step": self.num_timesteps, "returns": returns, "cpu_seconds": round(cpu, 1), **self.last.values}
-        )
-        print(f"{self.state.name} {self.num_timesteps}: {np.mean(returns):.2f}", flush=True)
+        returns = self._evaluate(deterministic=True)
+        point = {"step": self.num_timesteps, "returns": returns, "cpu_seconds": round(cpu, 1), **self.last.values}
+        if self.success:
+            sampled = self._evaluate(deterministic=False)
+            point |= {"success": share_above_0(returns)}
+            point |= {"sampled_returns": sampled, "sampled_success": share_above_0(sampled)}
+        self.curve.append(point)
+        shares = [f"{key} {point[key]:.3f}" for key in ("success", "sampled_success") if key in point]
+        print(f"{self.state.name} {self.num_timesteps}:", f"{np.mean(returns):.2f}", *shares, flush=True)
         self.model.save(self.state / "model")
         (self.state / "curve.json").write_text(json.dumps(self.curve))
         self._started = time.process_time()
         return True
+
+    def _evaluate(self, deterministic: bool) -> list[float]:
+        self.env.seed(10_000 + self.num_timesteps)
+        returns, _ = evaluate_policy(
+            self.model, self.env, self.episodes, deterministic=deterministic, return_episode_rewards=True
+        )
+        return returns
+
+
+def share_above_0(returns: list[float]) -> float:
+    """Share of the episodes that reached their goal, where only that is rewarded."""
+    return float(np.mean(np.array(returns) > 0))
 
 
 def run(
@@ -205,8 +244,10 @@ def run(
         curve = json.loads((state / "curve.json").read_text())
     else:
         model = kind(settings["policy"], dataset, seed=seed, device="auto", **kwargs)
-    env = make_eval_env(dataset, n_envs=10, seed=seed, **settings.get("eval_kwargs", {}))
-    callback = Curve(env, settings["eval_every"], settings["eval_episodes"], state, curve)
+    transforms = model.dataset_info["transforms"]
+    env = make_eval_env(dataset, n_envs=10, seed=seed, transforms=transforms, **settings.get("eval_kwargs", {}))
+    success = settings.get("success", False)
+    callback = Curve(env, settings["eval_every"], settings["eval_episodes"], state, curve, success)
     left = total - model.num_timesteps
     if left > 0:
         model.learn(left, callback=callback, reset_num_timesteps=False, log_interval=settings["eval_every"] // 2)
@@ -263,6 +304,11 @@ def table(results: Path) -> None:
                 f"| {task} | {behaviour:.2f} | {algo} | {len(group)} | {group[0]['curve'][-1]['step']} | "
                 f"**{np.mean(last):.2f}** | {each} | {np.mean(best):.2f} |"
             )
+            for key in ("success", "sampled_success"):
+                if key in group[0]["curve"][-1]:
+                    shares = [r["curve"][-1][key] for r in group]
+                    each = ", ".join(f"{x:.3f}" for x in shares)
+                    print(f"| {task}, {key} | | {algo} | {len(group)} | | **{np.mean(shares):.3f}** | {each} | |")
 
 
 def parse(parser: argparse.ArgumentParser, table: Callable[[Path], None]) -> argparse.Namespace:

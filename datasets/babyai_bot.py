@@ -4,8 +4,10 @@ BabyAI's GoToObj by the bot that comes with MiniGrid, from mostly random moves t
     uv run --all-extras datasets/babyai_bot.py      # minigrid/BabyAI-GoToObj/noisy-bot-v0
 
 Each observation is a dictionary: the picture of 7x7 cells before the agent, its direction, and its mission in words
-("go to the red ball"). The bot reads the whole level, which no agent sees. A share of its moves is random; after each
-it plans again. Several shares take equal parts of the steps, in the order given. A return above 0 is a success.
+("go to the red ball"). The bot reads the whole level, which no agent sees. A share of its moves is random, and after
+each it plans again. Half of the random moves are a step forward, the others any move. So a step forward is the
+commonest move everywhere, wise or not. Several shares take equal parts of the steps, in the order given. A return above
+0 is a success.
 """
 
 import argparse
@@ -19,6 +21,9 @@ from minigrid.utils.baby_ai_bot import BabyAIBot
 
 from sb3_ext.data import Episode, check_new_dataset, collect_episodes, write_dataset
 
+FORWARD = 0.5
+"""Share of the random moves that are a step forward; the others are any move."""
+
 
 def noisy_bot(env: gym.Env, mistakes: float, seed: int) -> Callable[[dict[str, Any]], int]:
     """Solve the level; ``mistakes`` is the share of random moves."""
@@ -29,8 +34,9 @@ def noisy_bot(env: gym.Env, mistakes: float, seed: int) -> Callable[[dict[str, A
         nonlocal bot, taken
         if level.step_count == 0:  # a new episode
             bot, taken = BabyAIBot(level), None
-        wise = int(bot.replan(taken))
-        taken = int(rng.integers(level.action_space.n)) if rng.random() < mistakes else wise
+        taken = int(bot.replan(taken))
+        if rng.random() < mistakes:
+            taken = int(level.actions.forward) if rng.random() < FORWARD else int(rng.integers(level.action_space.n))
         return taken
 
     return act
@@ -44,8 +50,8 @@ def success_rate(episodes: list[Episode]) -> float:
 def main() -> None:
     """Record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30_000)
-    parser.add_argument("--mistakes", type=float, nargs="+", default=[0.7, 0.4, 0.1])
+    parser.add_argument("--steps", type=int, default=45_000)
+    parser.add_argument("--mistakes", type=float, nargs="+", default=[1.0, 0.95, 0.9])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--id", default="minigrid/BabyAI-GoToObj/noisy-bot-v0")
     args = parser.parse_args()
@@ -62,7 +68,8 @@ def main() -> None:
         args.id, episodes, env, algorithm_name="BabyAIBot with random moves", overwrite=True,
         ref_min_score=0.14, ref_max_score=0.93,  # 300 episodes of random moves, and of the bot without any
         description="Episodes of BabyAI-GoToObj-v0 by MiniGrid's bot, which reads the whole level and moves at random "
-        f"{shares} of the time, in equal parts and this order. A return above 0 is a success.",
+        f"{shares} of the time, in equal parts and this order. Half of its random moves are a step forward, the others "
+        "any move. A return above 0 is a success.",
         metadata={"success_rate": success_rate(episodes)},
     )  # fmt: skip
     print(

@@ -386,7 +386,9 @@ class OfflineAlgorithm(BaseAlgorithm):
     def _log_dataset(self) -> None:
         if not isinstance(self._dataset, OfflineReplayBuffer):
             return
-        self.logger.record("dataset/behaviour_return", float(self._dataset.episode_returns().mean()))
+        known = self.dataset_info.get("behaviour_return")  # before transforms, unlike the buffer's rewards
+        mean = known["mean"] if known else float(self._dataset.episode_returns().mean())
+        self.logger.record("dataset/behaviour_return", mean)
         if isinstance(self.action_space, spaces.Discrete):
             share: NDArray[np.float64] = self._dataset.action_counts() / self._dataset.buffer_size
             self.logger.record("dataset/action_coverage", action_coverage(share))

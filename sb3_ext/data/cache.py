@@ -22,9 +22,9 @@ from sb3_ext.data.source import Source
 from sb3_ext.files import atomic_folder, make_folder, remove_leftovers
 from sb3_ext.replay.frames import PADDING_TYPES, ArrayFrames, BlockFrames, BlockWriter, FrameStore, split_stacks
 
-_FORMAT = 4
+_FORMAT = 5
 _RAW, _ZSTD = "frames.bin", "frames.zst"
-_NAMED = ("actions", "rewards", "terminated", "lengths")
+_NAMED = ("actions", "rewards", "terminated", "lengths", "returns")
 
 
 class NotStacks(Exception):
@@ -37,15 +37,17 @@ class Arrays:
     Everything but the frames.
 
     ``actions`` ``[N]`` or ``[N, *action_shape]``, ``rewards`` and ``terminated`` ``[N]`` are per row, ``lengths`` steps
-    per episode. ``shape`` and ``dtype`` are those of a frame, for ``Dict`` observations those of a record with their
-    entries, see :func:`record_dtype`. ``n_frames`` were in the stacks that were taken apart: 1 if the observations are
-    stored as they are. ``padding_types`` may stand before an episode's first frame: what these stacks show, else any.
+    per episode, ``returns`` sums of recorded rewards per episode. ``shape`` and ``dtype`` are those of a frame, for
+    ``Dict`` observations those of a record with their entries, see :func:`record_dtype`. ``n_frames`` were in the stacks
+    that were taken apart: 1 if the observations are stored as they are. ``padding_types`` may stand before an episode's
+    first frame: what these stacks show, else any.
     """
 
     actions: NDArray[Any]
     rewards: NDArray[np.float32]
     terminated: NDArray[np.bool_]
     lengths: NDArray[np.int64]
+    returns: NDArray[np.float64]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     n_frames: int
@@ -111,6 +113,7 @@ def stream(
     if isinstance(space, spaces.Discrete):
         dtype = np.min_scalar_type(space.n - 1)
     rows: list[tuple[NDArray[Any], ...]] = []
+    returns: list[float] = []
     frames = np.empty(0)
     for episode in episodes:
         frames = _rows_of(episode.observations, source.observation_space)
@@ -123,10 +126,12 @@ def stream(
         actions = np.concatenate([episode.actions, np.zeros_like(episode.actions[:1])]).astype(dtype)
         terminated = np.zeros(len(frames), bool)
         terminated[-2] = episode.terminated
+        returns.append(episode.recorded_return)
         rows.append((actions, np.append(episode.rewards, 0).astype(np.float32), terminated))
     lengths = np.array([len(actions) - 1 for actions, *_ in rows], np.int64)
     actions, rewards, terminated = map(np.concatenate, zip(*rows, strict=True))
-    return Arrays(actions, rewards, terminated, lengths, frames.shape[1:], frames.dtype, n_frames, padding)
+    shape, kind = frames.shape[1:], frames.dtype
+    return Arrays(actions, rewards, terminated, lengths, np.array(returns), shape, kind, n_frames, padding)
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:

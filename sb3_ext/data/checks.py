@@ -36,12 +36,14 @@ class CheckedEpisode:
 
     Observations are ``[T + 1, *observation_shape]``, one such array per entry of a ``Dict`` space. Actions are ``[T]``
     or ``[T, *action_shape]``, rewards ``[T]``. Unless the last step ``terminated`` the task, the episode was cut.
+    ``recorded_return`` is the sum of the rewards before any transform, as evaluations in the environment report it.
     """
 
     observations: Any
     actions: NDArray[Any]
     rewards: NDArray[Any]
     terminated: bool
+    recorded_return: float
 
 
 def check_same_actions(name: str, recorded: spaces.Space[Any], agent: spaces.Space[Any]) -> None:
@@ -359,4 +361,5 @@ def check_episode(
         notices["both ends"] += 1
     early = f"the episode ends here, but {steps} steps are stored. Store what follows as an episode of its own."
     _refuse((terminations | truncations)[:-1], where, lambda step: early)
-    return CheckedEpisode(observations, actions, rewards, bool(terminations[-1]))
+    recorded_return = float(rewards.sum(dtype=np.float64))
+    return CheckedEpisode(observations, actions, rewards, bool(terminations[-1]), recorded_return)

@@ -219,7 +219,7 @@ def load_minari(
         "subset": subset,
         "episodes": buffer.n_episodes,
         "steps": buffer.buffer_size,
-        "behaviour_return": return_statistics(buffer.episode_returns().tolist()),
+        "behaviour_return": return_statistics(arrays.returns.tolist()),
     }
     return buffer
 

@@ -325,6 +325,7 @@ class Source:
                 pipeline.actions(checked.actions),
                 pipeline.rewards(checked.rewards),
                 checked.terminated,
+                checked.recorded_return,
             )
         except DatasetError as error:
             raise DatasetError(f"{self.name}, episode {number}: {error}") from error

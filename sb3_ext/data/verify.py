@@ -116,7 +116,7 @@ def _add(tally: _Tally, source: Source, number: int, episode: CheckedEpisode, ch
     first = tally.digests.setdefault(digest.digest(), number)
     if first != number:
         tally.repeated.append((number, first))
-    tally.returns.append(float(episode.rewards.sum(dtype=np.float64)))
+    tally.returns.append(episode.recorded_return)
     tally.lengths.append(len(episode.rewards))
     tally.terminated += episode.terminated
     tally.rewarded |= bool(episode.rewards.any())

@@ -55,6 +55,27 @@ def test_the_benchmark_makes_its_data_by_the_recipes(monkeypatch: pytest.MonkeyP
     assert {cql_learning.TASKS[t]["dataset"] for t in ("cartpole", "minatar")} == {log["id"] for log in LOGS.values()}
 
 
+def test_the_benchmark_says_which_recipe_is_missing() -> None:
+    import cql_learning
+
+    for task, recipe in {"breakout": "breakout_scripted.py", "babyai": "babyai_bot.py"}.items():
+        with pytest.raises(SystemExit, match=recipe):
+            cql_learning.make_data(task)
+
+
+def test_a_share_of_successes_counts_returns_above_0() -> None:
+    import cql_learning
+
+    assert cql_learning.share_above_0([0.0, 0.3, 0.9, 0.0]) == 0.5
+
+
+def test_the_table_counts_the_datas_rewards_as_evaluations_do() -> None:
+    import cql_learning
+
+    assert cql_learning.reward_scale({"transforms": ["drop:mission", "reward_scale:10", "reward_scale:0.5"]}) == 5
+    assert cql_learning.reward_scale({"transforms": []}) == cql_learning.reward_scale({}) == 1
+
+
 def test_a_recipe_writes_a_valid_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     import ppo_log
 
@@ -103,6 +124,13 @@ def test_the_bots_episodes_succeed_as_often_as_it_is_right(
     assert dataset[0].observations["image"].shape[1:] == (7, 7, 3)
     assert all(len(set(e.observations["mission"])) == 1 for e in dataset)
     assert dataset[0].observations["mission"][0].startswith("go to the ")
+    part = int(lost.split(": ")[1].split()[0])
+    moves = np.concatenate([dataset[k].actions for k in range(part)])
+    shares = np.bincount(moves, minlength=7) / len(moves)
+    assert shares[2] == pytest.approx(
+        1 / 2 + 1 / 14, abs=0.08
+    )  # forward: half of the random moves, and a 7th of the rest
+    assert np.delete(shares, 2) == pytest.approx(1 / 14, abs=0.05)
 
 
 def test_players_in_many_processes_play_what_they_play_in_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,14 @@ import pytest
 from gymnasium import spaces
 
 from sb3_ext import BC, CQL, load_minari, make_eval_env, record
-from sb3_ext.data import DatasetError, Transform, TransformedEnv, dataset_spaces, sample_transitions
+from sb3_ext.data import (
+    DatasetError,
+    Transform,
+    TransformedEnv,
+    dataset_spaces,
+    sample_transitions,
+    verify_dataset,
+)
 from sb3_ext.data.transforms.pipeline import Pipeline
 from tests.helpers import MakeDataset, flags
 
@@ -502,6 +509,16 @@ def test_the_spaces_are_told_without_reading(grid: str) -> None:
     expected = OrderedDict([("count", spaces.Discrete(9)), ("deep/at", spaces.Box(-9, 9, (2,), np.float64))])
     assert observations == spaces.Dict(expected)
     assert actions == spaces.Discrete(3)
+
+
+@pytest.mark.filterwarnings("ignore:.*is left out")
+@pytest.mark.parametrize("storage", ["ram", "mmap"])
+def test_returns_are_told_as_the_environment_gives_them(grid: str, storage: str) -> None:
+    for _ in range(2):  # the second time from the cache
+        buffer = load_minari(grid, transforms=["drop:pixels", "reward_scale:10"], device="cpu", storage=storage)
+        assert buffer.info["behaviour_return"]["mean"] == 12
+        assert buffer.episode_returns().tolist() == [120, 120, 120]
+    assert verify_dataset(grid, ["drop:pixels", "reward_clip:1"]).facts["behaviour_return"]["mean"] == 12
 
 
 @pytest.mark.filterwarnings("ignore:.*is left out")

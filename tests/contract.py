@@ -614,6 +614,7 @@ CHANGES = {
         {
             *("env", "buffer_size", "learning_starts", "target_update_interval"),
             *("exploration_fraction", "exploration_initial_eps"),
+            "learning_rate",  # follows the policy
         },
     ),
     "EfficientZeroV2": Changes(

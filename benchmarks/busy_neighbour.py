@@ -94,8 +94,11 @@ def make(name: str) -> Any:
     common: dict[str, Any] = {"seed": 0, "device": "cpu"}
     on_policy = {"n_steps": 512, "batch_size": 256, "n_epochs": 10}
     replay = {"learning_starts": 64, "buffer_size": 10_000, "batch_size": 64, "train_freq": 1}
-    if name in ("CQL", "BC"):
-        return {"CQL": CQL, "BC": BC}[name]("MlpPolicy", random_steps(2000), batch_size=64, **common)
+    if name == "CQL":
+        sizes = {"n_quantiles": 200, "net_arch": [64, 64]}  # QRDQN's
+        return CQL("MlpPolicy", random_steps(2000), batch_size=64, double_q=False, policy_kwargs=sizes, **common)
+    if name == "BC":
+        return BC("MlpPolicy", random_steps(2000), batch_size=64, **common)
     if name == "EfficientZeroV2":
         return EfficientZeroV2("MlpPolicy", "CartPole-v1", learning_starts=64, **common)
     if name == "GAIL":

@@ -46,9 +46,17 @@ from ppo_log import LOGS, make_dataset
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "learning"
 
-MINATAR_POLICY = {"features_extractor_class": MinAtarCNN, "net_arch": [], "n_quantiles": 50, "normalize_images": False}
-
 ADAM = {"eps": 1e-8, "fused": True}
+ATARI_ADAM = {"eps": 0.01 / 64, "fused": True}
+"""QR-DQN's for batches of 64."""
+
+MINATAR_POLICY = {
+    "features_extractor_class": MinAtarCNN,
+    "net_arch": [],
+    "n_quantiles": 50,
+    "normalize_images": False,
+    "optimizer_kwargs": ATARI_ADAM,
+}
 
 CATCH = {
     "policy": "CnnPolicy",
@@ -68,10 +76,10 @@ TASKS: dict[str, dict[str, Any]] = {
         "eval_episodes": 50,
         "common": {
             "learning_rate": 1e-4,
-            "policy_kwargs": {"net_arch": [128, 128], "n_quantiles": 50},
+            "policy_kwargs": {"net_arch": [128, 128], "n_quantiles": 50, "optimizer_kwargs": ATARI_ADAM},
             "batch_size": 64,
         },
-        "cql": {"target_update_interval": 500, "cql_alpha": 1.0},
+        "cql": {"target_update_interval": 500, "cql_alpha": 1.0, "double_q": False},
     },
     "minatar": {
         "dataset": "minatar/breakout/mixed-v0",
@@ -80,7 +88,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "eval_every": 10_000,
         "eval_episodes": 100,
         "common": {"learning_rate": 3e-4, "policy_kwargs": MINATAR_POLICY, "batch_size": 64},
-        "cql": {"target_update_interval": 1000, "cql_alpha": 5.0},
+        "cql": {"target_update_interval": 1000, "cql_alpha": 5.0, "double_q": False},
     },
     "catch-random": {"dataset": "sb3ext/catch/random-v0", **CATCH},
     "catch-narrow": {"dataset": "sb3ext/catch/narrow-v0", **CATCH},
@@ -233,9 +241,9 @@ def run(
     kwargs = {**settings["common"], **({} if algo == "bc" else settings["cql"]), **overrides}
     if algo == "qrdqn":
         kwargs["cql_alpha"] = 0.0
-    if algo == "bc":  # its policy is PPO's, with logits instead of quantiles
-        given = kwargs.get("policy_kwargs", {})
-        kwargs["policy_kwargs"] = {key: value for key, value in given.items() if key != "n_quantiles"}
+    if algo == "bc":  # its policy is PPO's, with logits instead of quantiles, and its optimizer the default
+        given, others = kwargs.get("policy_kwargs", {}), ("n_quantiles", "optimizer_kwargs")
+        kwargs["policy_kwargs"] = {key: value for key, value in given.items() if key not in others}
     curve: list[dict[str, Any]] = []
     kind = BC if algo == "bc" else CQL
     if (state / "model.zip").exists():

@@ -556,7 +556,7 @@ TWO, MANY = spaces.Discrete(2), spaces.MultiDiscrete([2, 2])
 REFUSED: dict[str, list[tuple[Any, Any, str]]] = {
     "DQN": [(BOX, MANY, "MultiDiscrete"), (BOX, BOX, "Discrete.*Box")],
     "QRDQN": [(BOX, MANY, "MultiDiscrete"), (BOX, BOX, "Discrete.*Box")],
-    "CQL": [(DICT, TWO, "Dict.*FlattenObservation"), (BOX, MANY, "Discrete.*MultiDiscrete")],
+    "CQL": [(DICT, TWO, "Dict.*MultiInputPolicy"), (BOX, MANY, "Discrete.*MultiDiscrete")],
     "BC": [(DICT, TWO, "Dict.*MultiInputPolicy")],
     "EfficientZeroV2": [
         (DICT, TWO, "Box.*Dict"),
@@ -614,6 +614,7 @@ CHANGES = {
         {
             *("env", "buffer_size", "learning_starts", "target_update_interval"),
             *("exploration_fraction", "exploration_initial_eps"),
+            "learning_rate",  # follows the policy
         },
     ),
     "EfficientZeroV2": Changes(
@@ -754,7 +755,7 @@ def policies(case: Case) -> None:
         given: dict[str, Any] = {"pictures": name == "CnnPolicy"}
         if name == "MultiInputPolicy":
             given["env"] = DummyVecEnv([lambda: Sampled(DICT, TWO)])
-        if name == "MultiInputPolicy" and case.name == "BC":
+        if name == "MultiInputPolicy" and case.offline:
             given = {"dataset": filled_buffer(DICT, TWO)}
         if name == "MultiInputPolicy" and case.name == "GAIL":
             with pytest.raises(TypeError, match="Box observations"):
@@ -766,6 +767,7 @@ def policies(case: Case) -> None:
         if name == "MultiInputPolicy":
             models[0].learn(40)
             assert models[0]._n_updates > 0
+            assert models[0].predict(models[0].observation_space.sample())[0] in (0, 1)
     with pytest.raises(ValueError, match="unknown"):
         case.make(policy="MlpPolice")
 

@@ -8,12 +8,13 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_ext.arguments import check_least
+from sb3_ext.cql.defaults import BC_DEFAULTS, chosen
 from sb3_ext.cql.offline import OfflineAlgorithm, with_adam
 from sb3_ext.data.load import DatasetLike
 from sb3_ext.losses import LossOutput
@@ -35,8 +36,9 @@ class BC(OfflineAlgorithm):
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"``, or a class of SB3's actor-critic kind
     :param dataset: a ``minari.MinariDataset``, its id (downloaded if it is not here) or path, or a filled replay buffer
     :param env: environment whose spaces must be the dataset's; not needed to learn
-    :param learning_rate: Adam's step size, or a schedule of the remaining progress (1 to 0)
-    :param batch_size: transitions per gradient step
+    :param learning_rate: Adam's step size, or a schedule of the remaining progress (1 to 0). Default: 1e-4 with
+        CnnPolicy, 1e-3 otherwise
+    :param batch_size: transitions per gradient step. Default: 32 with CnnPolicy, 64 otherwise
     :param ent_coef: weight of the policy's entropy, which is added to the objective; higher keeps it from growing
         certain of few examples
     :param max_grad_norm: gradient clipping; None for none
@@ -62,8 +64,8 @@ class BC(OfflineAlgorithm):
         policy: str | type[ActorCriticPolicy],
         dataset: DatasetLike | ReplayBuffer | None = None,
         env: GymEnv | str | None = None,
-        learning_rate: float | Schedule = 1e-4,
-        batch_size: int = 32,
+        learning_rate: float | Schedule | None = None,
+        batch_size: int | None = None,
         ent_coef: float = 0.0,
         max_grad_norm: float | None = None,
         dataset_kwargs: dict[str, Any] | None = None,
@@ -77,6 +79,9 @@ class BC(OfflineAlgorithm):
         _init_setup_model: bool = True,
     ) -> None:
         self._check_env(env)
+        defaults = BC_DEFAULTS.of(policy, ActorCriticCnnPolicy)
+        learning_rate = chosen(learning_rate, defaults.learning_rate)
+        batch_size = chosen(batch_size, defaults.batch_size)
         check_least(1, batch_size=batch_size)
         check_least(0, ent_coef=ent_coef, max_grad_norm=max_grad_norm)
         self.batch_size, self.ent_coef, self.max_grad_norm, self.bf16 = batch_size, ent_coef, max_grad_norm, bf16

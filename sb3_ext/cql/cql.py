@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import sb3_contrib
 import torch as th
-from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
+from sb3_contrib.qrdqn.policies import CnnPolicy, QRDQNPolicy, QuantileNetwork
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.save_util import load_from_pkl
@@ -20,6 +20,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from stable_baselines3.common.utils import polyak_update
 
 from sb3_ext.arguments import check_least
+from sb3_ext.cql.defaults import CQL_DEFAULTS, chosen
 from sb3_ext.cql.mixed import MixedReplayBuffer, OnlineReplayBuffer
 from sb3_ext.cql.offline import NO_DATASET, OfflineAlgorithm, with_adam
 from sb3_ext.cuda_graphs import GraphedLoss
@@ -46,7 +47,8 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         ``"MultiInputPolicy"`` for ``Dict`` observations, or a class
     :param dataset: a ``minari.MinariDataset``, its id (downloaded if it is not here) or path, or a filled replay buffer
     :param env: environment for :meth:`learn_online`; its spaces must be the dataset's. Not needed to learn offline
-    :param learning_rate: Adam's step size, or a schedule of the remaining progress (1 to 0)
+    :param learning_rate: Adam's step size, or a schedule of the remaining progress (1 to 0). Default: 5e-5 with
+        CnnPolicy, 3e-4 otherwise
     :param buffer_size: capacity for *new* transitions in :meth:`learn_online`
     :param learning_starts: online steps before the first online gradient step
     :param batch_size: transitions per gradient step
@@ -56,7 +58,8 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
     :param gradient_steps: online: gradient steps per update, as in SB3
     :param n_steps: rewards summed before bootstrapping; higher spreads reward faster but keeps more of the behaviour
         policy
-    :param target_update_interval: **gradient steps** (not environment steps as in QRDQN) between target updates
+    :param target_update_interval: **gradient steps** (not environment steps as in QRDQN) between target updates.
+        Default: 2000 with CnnPolicy, 250 otherwise
     :param exploration_fraction: online: share of the steps over which epsilon falls
     :param exploration_initial_eps: online: first epsilon
     :param exploration_final_eps: share of random actions in ``predict(deterministic=False)`` after offline training,
@@ -64,7 +67,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
     :param max_grad_norm: gradient clipping; None for none
     :param cql_alpha: weight of the conservative term. Higher stays closer to the data (use it for little or narrow
         data), lower trusts the values more; 0 is offline QR-DQN. The paper uses 4 for 1 % and 1 for 10 % of a replay
-        log
+        log. Default: 4 with CnnPolicy, 10 otherwise
     :param double_q: choose the next action with the online network. The authors' Atari code does not; d3rlpy and
         tianshou do
     :param clip_rewards: clip each reward to [-1, 1], as the DQN Replay Dataset has them
@@ -76,8 +79,9 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         ``learn`` and replay them; False launches each by itself, as ``torch_compile`` does
     :param stats_window_size: as in SB3
     :param tensorboard_log: as in SB3
-    :param policy_kwargs: as in QRDQN, for instance ``dict(n_quantiles=50)``; default 200 quantiles. The default
-        ``optimizer_kwargs`` go with the default ``optimizer_class`` only
+    :param policy_kwargs: as in QRDQN, for instance ``dict(n_quantiles=50)``. Default: 200 quantiles and Adam with an
+        epsilon of 0.01 over the size of a batch with CnnPolicy; 16 quantiles, two hidden layers of 128 and an epsilon
+        of 1e-8 otherwise. The default ``optimizer_kwargs`` go with the default ``optimizer_class`` only
     :param verbose: 0 none, 1 info, 2 debug
     :param seed: seed of the networks and of the sampler
     :param device: as in SB3
@@ -94,7 +98,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         policy: str | type[QRDQNPolicy],
         dataset: DatasetLike | ReplayBuffer | None = None,
         env: GymEnv | str | None = None,
-        learning_rate: float | Schedule = 5e-5,
+        learning_rate: float | Schedule | None = None,
         buffer_size: int = 100_000,
         learning_starts: int = 0,
         batch_size: int = 32,
@@ -103,12 +107,12 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         train_freq: int | tuple[int, str] = 4,
         gradient_steps: int = 1,
         n_steps: int = 1,
-        target_update_interval: int = 2000,
+        target_update_interval: int | None = None,
         exploration_fraction: float = 0.1,
         exploration_initial_eps: float = 0.05,
         exploration_final_eps: float = 0.01,
         max_grad_norm: float | None = None,
-        cql_alpha: float = 4.0,
+        cql_alpha: float | None = None,
         double_q: bool = False,
         clip_rewards: bool = False,
         dataset_kwargs: dict[str, Any] | None = None,
@@ -124,6 +128,10 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         _init_setup_model: bool = True,
     ) -> None:
         self._check_env(env)
+        defaults = CQL_DEFAULTS.of(policy, CnnPolicy)
+        learning_rate = chosen(learning_rate, defaults.learning_rate)
+        target_update_interval = chosen(target_update_interval, defaults.target_update_interval)
+        cql_alpha = chosen(cql_alpha, defaults.cql_alpha)
         check_least(1, batch_size=batch_size, target_update_interval=target_update_interval, n_steps=n_steps)
         _check_alpha(cql_alpha)
         if "double_q" in (policy_kwargs or {}):
@@ -133,8 +141,8 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         self.torch_compile, self.bf16 = torch_compile, bf16
         self.cuda_graphs = cuda_graphs and not torch_compile  # what is graphed must not be compiled meanwhile
         self._online_buffer: OnlineReplayBuffer | None = None
-        # as in the QR-DQN paper for batches of 32
-        policy_kwargs = with_adam(policy_kwargs, eps=0.01 / batch_size)
+        policy_kwargs = with_adam(policy_kwargs, chosen(defaults.adam_eps, 0.01 / batch_size))
+        policy_kwargs = {**defaults.network(), **policy_kwargs}
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]

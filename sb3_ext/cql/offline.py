@@ -125,6 +125,8 @@ class OfflineAlgorithm(BaseAlgorithm):
         if isinstance(dataset, ReplayBuffer):
             buffer = dataset
             self._check_replay_buffer(buffer)
+            if not hasattr(self, "policy"):
+                self._check_policy(buffer.observation_space)
             buffer.device = self.device
         else:
             kwargs = dict(self.dataset_kwargs)
@@ -134,14 +136,14 @@ class OfflineAlgorithm(BaseAlgorithm):
             # before the data is read
             source = open_source(dataset, kwargs.get("build_env", False), kwargs.get("transforms"))
             self._check_actions(source.action_space, source.name)
-            self._check_policy(stacked_space(source.observation_space, 1))
+            if not hasattr(self, "policy"):
+                self._check_policy(stacked_space(source.observation_space, 1))
             buffer = load_minari(dataset, n_steps=self.n_steps, gamma=self.gamma, device=self.device, **kwargs)
         self._check_actions(buffer.action_space, "the dataset")
         if getattr(self, "observation_space", None) is None:
             self.observation_space, self.action_space, self.n_envs = buffer.observation_space, buffer.action_space, 1
         else:
             self._compare_spaces(buffer)
-        self._check_policy(buffer.observation_space)
         self._given_padding = isinstance(dataset, ReplayBuffer) or self.dataset_kwargs.get("padding_type") is not None
         self._match_padding(buffer)
         self.dataset_info = dict(getattr(buffer, "info", {}))

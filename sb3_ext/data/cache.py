@@ -38,9 +38,9 @@ class Arrays:
 
     ``actions`` ``[N]`` or ``[N, *action_shape]``, ``rewards`` and ``terminated`` ``[N]`` are per row, ``lengths`` steps
     per episode, ``returns`` sums of recorded rewards per episode. ``shape`` and ``dtype`` are those of a frame, for
-    ``Dict`` observations those of a record with their entries, see :func:`record_dtype`. ``n_frames`` were in the stacks
-    that were taken apart: 1 if the observations are stored as they are. ``padding_types`` may stand before an episode's
-    first frame: what these stacks show, else any.
+    ``Dict`` observations those of a record with their entries, see :func:`record_dtype`. ``n_frames`` were in the
+    stacks that were taken apart: 1 if the observations are stored as they are. ``padding_types`` may stand before an
+    episode's first frame: what these stacks show, else any.
     """
 
     actions: NDArray[Any]

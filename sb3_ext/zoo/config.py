@@ -258,12 +258,15 @@ def _argument(key: str, value: Any, parameter: inspect.Parameter, where: str) ->
             return LinearSchedule(float(value[4:]), 0.0, 1.0)
         except ValueError as error:
             raise ZooError(f"{where}: {key} must look like lin_0.001, got {value!r}.") from error
-    if isinstance(default, bool) or not isinstance(default, (int, float)):
+    # a default that follows from other arguments is None
+    whole = isinstance(default, int) or (default is None and parameter.annotation == "int | None")
+    real = isinstance(default, float) or (default is None and str(parameter.annotation).startswith("float | "))
+    if isinstance(default, bool) or not (whole or real):
         return value
     if isinstance(value, (str, list, dict)):
         raise ZooError(f"{where}: {key} must be a number, got {value!r}.")
-    if isinstance(default, int) and isinstance(value, float) and value.is_integer():
+    if whole and isinstance(value, float) and value.is_integer():
         return int(value)
-    if parameter.annotation in (int, "int") and isinstance(value, float):
+    if parameter.annotation in (int, "int", "int | None") and isinstance(value, float):
         raise ZooError(f"{where}: {key} must be a whole number, got {value!r}.")
     return value

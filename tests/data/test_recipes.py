@@ -69,13 +69,6 @@ def test_a_share_of_successes_counts_returns_above_0() -> None:
     assert cql_learning.share_above_0([0.0, 0.3, 0.9, 0.0]) == 0.5
 
 
-def test_the_table_counts_the_datas_rewards_as_evaluations_do() -> None:
-    import cql_learning
-
-    assert cql_learning.reward_scale({"transforms": ["drop:mission", "reward_scale:10", "reward_scale:0.5"]}) == 5
-    assert cql_learning.reward_scale({"transforms": []}) == cql_learning.reward_scale({}) == 1
-
-
 def test_a_recipe_writes_a_valid_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     import ppo_log
 

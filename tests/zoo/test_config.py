@@ -51,7 +51,8 @@ def test_values() -> None:
     assert config.arguments["dataset_kwargs"] == {"subset": 0.5, "frame_stack": 2}
     assert config.arguments["policy"] == "MlpPolicy"
     assert "frame_stack" not in config.arguments
-    for bad in ({"learning_rate": "lin_fast"}, {"n_timesteps": "many"}, {"frame_stack": 0}):
+    following = {"learning_rate": "fast"}, {"batch_size": "many"}, {"batch_size": 1.5}, {"cql_alpha": [1]}
+    for bad in ({"learning_rate": "lin_fast"}, {"n_timesteps": "many"}, {"frame_stack": 0}, *following):
         with pytest.raises(ZooError, match="must"):
             resolve(cql, "file", {"default": {"n_timesteps": 1}}, [], bad)
 

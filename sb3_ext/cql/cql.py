@@ -48,7 +48,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
     :param dataset: a ``minari.MinariDataset``, its id (downloaded if it is not here) or path, or a filled replay buffer
     :param env: environment for :meth:`learn_online`; its spaces must be the dataset's. Not needed to learn offline
     :param learning_rate: Adam's step size, or a schedule of the remaining progress (1 to 0). Default: 5e-5 with
-        CnnPolicy, 3e-4 otherwise
+        CnnPolicy, otherwise 5e-4 that falls to 0 over each ``learn``
     :param buffer_size: capacity for *new* transitions in :meth:`learn_online`
     :param learning_starts: online steps before the first online gradient step
     :param batch_size: transitions per gradient step
@@ -59,7 +59,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
     :param n_steps: rewards summed before bootstrapping; higher spreads reward faster but keeps more of the behaviour
         policy
     :param target_update_interval: **gradient steps** (not environment steps as in QRDQN) between target updates.
-        Default: 2000 with CnnPolicy, 250 otherwise
+        Default: 2000 with CnnPolicy, 1000 otherwise
     :param exploration_fraction: online: share of the steps over which epsilon falls
     :param exploration_initial_eps: online: first epsilon
     :param exploration_final_eps: share of random actions in ``predict(deterministic=False)`` after offline training,
@@ -67,7 +67,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
     :param max_grad_norm: gradient clipping; None for none
     :param cql_alpha: weight of the conservative term. Higher stays closer to the data (use it for little or narrow
         data), lower trusts the values more; 0 is offline QR-DQN. The paper uses 4 for 1 % and 1 for 10 % of a replay
-        log. Default: 4 with CnnPolicy, 10 otherwise
+        log. Default: 4 with CnnPolicy, 20 otherwise
     :param double_q: choose the next action with the online network. The authors' Atari code does not; d3rlpy and
         tianshou do
     :param clip_rewards: clip each reward to [-1, 1], as the DQN Replay Dataset has them

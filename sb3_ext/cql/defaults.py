@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import LinearSchedule
 
 T = TypeVar("T")
 
@@ -70,9 +71,9 @@ CQL_DEFAULTS = Defaults(
     CQLDefaults(learning_rate=5e-5, target_update_interval=2000, cql_alpha=4.0),
     # for some thousand gradient steps on vectors
     CQLDefaults(
-        learning_rate=3e-4,
-        target_update_interval=250,
-        cql_alpha=10.0,
+        learning_rate=LinearSchedule(5e-4, 0.0, 1.0),
+        target_update_interval=1000,
+        cql_alpha=20.0,
         adam_eps=1e-8,
         n_quantiles=16,
         net_arch=(128, 128),

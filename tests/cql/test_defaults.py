@@ -52,8 +52,9 @@ def test_vectors_get_others(policy: Any, cartpole: minari.MinariDataset) -> None
     assert settings(model) == {
         "learning_rate": table.learning_rate, "batch_size": 32, "cql_alpha": table.cql_alpha,
         "target_update_interval": table.target_update_interval, "double_q": False,
-        "tau": 1.0, "n_steps": 1, "lr": table.learning_rate, "eps": table.adam_eps, "fused": True,
+        "tau": 1.0, "n_steps": 1, "lr": 5e-4, "eps": table.adam_eps, "fused": True,
     }  # fmt: skip
+    assert [model.lr_schedule(left) for left in (1.0, 0.5, 0.0)] == [5e-4, 2.5e-4, 0.0]
     assert (model.policy.n_quantiles, tuple(model.policy.net_arch)) == (table.n_quantiles, table.net_arch)
     assert table != CQL_DEFAULTS.pictures
 

@@ -91,7 +91,10 @@ ALGORITHMS = {
     "DQN+PER": Algorithm(DQN, 60, {**VALUES, **PER, "policy_kwargs": TINY}),
     "QRDQN+PER": Algorithm(QRDQN, 60, {**VALUES, **PER, "policy_kwargs": QUANTILES}),
     "CQL": Algorithm(
-        CQL, 30, {"batch_size": BATCH, "cql_alpha": 2.5, "gamma": 0.9, "policy_kwargs": QUANTILES}, data="dataset"
+        CQL,
+        30,
+        {"batch_size": BATCH, "cql_alpha": 2.5, "gamma": 0.9, "learning_rate": 1e-3, "policy_kwargs": QUANTILES},
+        data="dataset",
     ),
     "BC": Algorithm(BC, 30, {"batch_size": BATCH, "policy_kwargs": TINY}, data="dataset"),
     "EfficientZeroV2": Algorithm(EfficientZeroV2, 40, SEARCH, pictures={"policy_kwargs": TINY_CNN, "batch_size": 4}),

@@ -525,8 +525,9 @@ def test_returns_are_told_as_the_environment_gives_them(grid: str, storage: str)
 @pytest.mark.parametrize("algorithm", [BC, CQL])
 def test_learning_from_entries_continues_bit_for_bit(grid: str, algorithm: Any, tmp_path: Path) -> None:
     def fresh() -> Any:
+        settings = {"seed": 3, "device": "cpu", "batch_size": 8, "learning_rate": 1e-3}
         kwargs = {"transforms": ["tokens", "drop:pixels"], "storage": "ram"}
-        return algorithm("MultiInputPolicy", grid, seed=3, device="cpu", batch_size=8, dataset_kwargs=kwargs)
+        return algorithm("MultiInputPolicy", grid, dataset_kwargs=kwargs, **settings)
 
     whole = fresh().learn(10)
     fresh().learn(5).save(tmp_path / "half")

@@ -20,7 +20,7 @@ def test_enjoy_chooses_models_and_finds_runs(here: Path, capsys: pytest.CaptureF
         (("--exp-id", "1", "--load-last-checkpoint"), f"{NAME}_1/rl_model_60_steps.zip (60 steps)"),
         (("--exp-id", "1", "--load-best"), f"{NAME}_1/best_model.zip (40 steps)"),
     ):
-        assert enjoy("--dataset", DATASET, *words) == 0
+        assert enjoy("--dataset", DATASET, "-n", "600", *words) == 0  # an episode ends after 500 steps
         out = capsys.readouterr().out
         assert loaded in out
         assert "Mean reward: " in out

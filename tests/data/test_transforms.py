@@ -536,3 +536,14 @@ def test_learning_from_entries_continues_bit_for_bit(grid: str, algorithm: Any, 
     half.learn(5, reset_num_timesteps=False)
     for ours, theirs in zip(half.policy.parameters(), whole.policy.parameters(), strict=True):
         np.testing.assert_array_equal(ours.detach().numpy(), theirs.detach().numpy())
+
+
+def test_what_is_recorded_through_transforms_can_be_built_again() -> None:
+    env = TransformedEnv(gym.make("CartPole-v1"), ["flatten", "reward_scale:3"])
+    dataset = record(None, env, "by/transformed-v0", n_episodes=2)
+    assert set(np.concatenate([e.rewards for e in dataset])) == {3.0}
+    again = make_eval_env(dataset)
+    again.reset()
+    assert again.step(np.array([0]))[1][0] == 3
+    with pytest.raises(ValueError, match="spec cannot be stored as JSON"):
+        record(None, TransformedEnv(gym.make("CartPole-v1"), lambda x: x), "by/function-v0", n_episodes=1)

@@ -159,7 +159,7 @@ def transforms_of(env: Any) -> list[Any] | None:
     return found
 
 
-class TransformedEnv(gym.Wrapper[Any, Any, Any, Any]):
+class TransformedEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
     """
     An environment through the transforms of a dataset, so that an agent sees there what it learnt from.
 
@@ -170,11 +170,12 @@ class TransformedEnv(gym.Wrapper[Any, Any, Any, Any]):
     """
 
     def __init__(self, env: gym.Env[Any, Any], transforms: Sequence[TransformLike] | TransformLike) -> None:
-        super().__init__(env)
+        gym.Wrapper.__init__(self, env)
         name = env.spec.id if env.spec else type(env.unwrapped).__name__
         self._pipeline = Pipeline(transforms, env.observation_space, env.action_space, name)
         self.observation_space, self.action_space = self._pipeline.observation_space, self._pipeline.action_space
         self.dataset_transforms = self._pipeline.names
+        gym.utils.RecordConstructorArgs.__init__(self, transforms=self.dataset_transforms)
         self._before: list[list[Any]] = []
 
     def _see(self, observation: Any) -> Any:

@@ -138,6 +138,7 @@ class OfflineAlgorithm(BaseAlgorithm):
             self._check_actions(source.action_space, source.name)
             if not hasattr(self, "policy"):
                 self._check_policy(stacked_space(source.observation_space, 1))
+            kwargs["transforms"] = source.pipeline.names  # with the vocabulary that was found
             buffer = load_minari(dataset, n_steps=self.n_steps, gamma=self.gamma, device=self.device, **kwargs)
         self._check_actions(buffer.action_space, "the dataset")
         if getattr(self, "observation_space", None) is None:

@@ -64,6 +64,11 @@ def stacked_space(space: Any, frame_stack: int) -> Any:
     return spaces.Box(np.concatenate([low] * frame_stack), np.concatenate([high] * frame_stack), dtype=space.dtype.type)
 
 
+def channels_first(space: spaces.Space[Any]) -> Any:
+    """A space of pictures with three dimensions as SB3 turns it, channels in front; others stay."""
+    return stacked_space(space, 1) if is_frame_space(space) and len(space.shape or ()) == 3 else space
+
+
 class StackFrames(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
     """
     Show the agent the stack that the replay buffer will rebuild from single frames.

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from sb3_ext.data.checks import choose_padding
-from sb3_ext.data.envs import StackFrames, is_frame_space, padding_shown_by, stacked_space
+from sb3_ext.data.envs import StackFrames, channels_first, padding_shown_by, stacked_space
 from sb3_ext.data.transforms.pipeline import TransformedEnv
 from sb3_ext.data.trees import are_texts
 from sb3_ext.data.write import Episode, check_new_dataset, pack_observations, write_dataset
@@ -176,18 +176,11 @@ def _agent_view(policy: BaseAlgorithm | Policy | None, env: gym.Env[Any, Any]) -
     )
 
 
-def _channels_first(space: spaces.Space[Any]) -> spaces.Space[Any]:
-    if isinstance(space, spaces.Box) and is_frame_space(space) and len(space.shape) == 3:
-        first: spaces.Space[Any] = stacked_space(space, 1)
-        return first
-    return space
-
-
 def _predicts_from(wanted: spaces.Space[Any], shown: spaces.Space[Any]) -> bool:
     """Tell whether ``predict`` takes what is shown; in a ``Dict`` it brings the channels of pictures to the front."""
     if wanted == shown or not isinstance(shown, spaces.Dict):
         return bool(wanted == shown)
-    return bool(wanted == spaces.Dict({key: _channels_first(part) for key, part in shown.items()}))
+    return bool(wanted == spaces.Dict({key: channels_first(part) for key, part in shown.items()}))
 
 
 def _learnt_padding(model: BaseAlgorithm, n_frames: int) -> str:

@@ -60,7 +60,6 @@ class EntryTransform(Transform):
 
     wants: ClassVar[str]
     """What it fits, for messages."""
-    may_find_nothing = False
 
     def __init__(self, key: str | None = None) -> None:
         self.key = key
@@ -76,7 +75,7 @@ class EntryTransform(Transform):
             raise DatasetError(f"transform {self}: there is no entry {self.key!r}; there are {entry_names(found)}.")
         asked = found if self.key is None else {self.key: found[self.key]}
         changes = {key: change for key, entry in asked.items() if (change := self.change(entry)) is not None}
-        if not changes and not self.may_find_nothing:
+        if not changes:
             raise DatasetError(f"transform {self} needs {self.wants}, the observations are {short_space(space)}.")
         self._functions = {key: function for key, (_, function) in changes.items()}
         found.update({key: changed for key, (changed, _) in changes.items()})
@@ -85,7 +84,7 @@ class EntryTransform(Transform):
     def observations(self, observations: Any) -> Any:
         """See :meth:`Transform.observations`."""
         if not isinstance(observations, dict):
-            return self._functions[""](observations) if self._functions else observations
+            return self._functions[""](observations)
         return {key: self._functions[key](x) if key in self._functions else x for key, x in observations.items()}
 
     def _written(self, name: str, *arguments: Any) -> str:

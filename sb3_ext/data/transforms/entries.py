@@ -12,7 +12,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from sb3_ext.data.checks import DatasetError
-from sb3_ext.data.envs import is_frame_space, to_channel_first
+from sb3_ext.data.envs import channels_first
 from sb3_ext.data.transforms.base import EntryTransform, Transform, entry_names
 from sb3_ext.data.trees import are_texts, leaves, short_space, stacked
 
@@ -220,9 +220,9 @@ class AsStableBaselines(Transform):
             )
         starts = {key: getattr(entries[key], "start", 0) for key in kept}
         self._starts = {key: start for key, start in starts.items() if np.any(start)}
-        pictures = [key for key in kept if isinstance(space, spaces.Dict) and _channels_last(kept[key])]
-        kept.update({key: _channels_first(kept[key]) for key in pictures})
-        self._pictures = pictures
+        turned = {key: channels_first(kept[key]) for key in kept if isinstance(space, spaces.Dict)}
+        self._pictures = [key for key, entry in turned.items() if entry != kept[key]]
+        kept.update(turned)
         self._scalars = [key for key in kept if isinstance(entries[key], spaces.Box) and not entries[key].shape]
         self._action_start = getattr(action_space, "start", 0)
         return (spaces.Dict(kept) if isinstance(space, spaces.Dict) else kept[""]), _plain_action(action_space)
@@ -248,17 +248,6 @@ class AsStableBaselines(Transform):
     def environment_actions(self, action: Any) -> Any:
         """See :meth:`Transform.environment_actions`."""
         return action + self._action_start if np.any(self._action_start) else action
-
-
-def _channels_last(space: spaces.Space[Any]) -> bool:
-    """Whether SB3 brings the channels of these pictures to the front."""
-    if not is_frame_space(space) or len(space.shape or ()) != 3:
-        return False
-    return to_channel_first(np.empty((0, *space.shape), np.uint8), space).shape[1:] != space.shape  # type: ignore[misc]
-
-
-def _channels_first(space: Any) -> spaces.Box:
-    return spaces.Box(0, 255, (space.shape[-1], *space.shape[:-1]), np.uint8)
 
 
 def _plain_entry(key: str, space: spaces.Space[Any]) -> spaces.Space[Any]:

@@ -86,7 +86,6 @@ class Atari(EntryTransform):
     """Pictures as DQN sees them (Mnih et al., 2015): grey, 84x84; what is so already is left alone."""
 
     wants = "pictures (uint8, 2 or 3 dimensions)"
-    may_find_nothing = False
 
     def change(self, space: Any) -> tuple[spaces.Space[Any], Callable[[Any], Any]] | None:
         """See :meth:`EntryTransform.change`."""

@@ -86,7 +86,7 @@ class Pipeline:
         given: list[Any] = [transforms]
         if transforms is None or isinstance(transforms, (list, tuple)):
             given = list(transforms or ())
-        self._given = [parse_transform(transform) for transform in given]
+        self._originals, self._given = given, [parse_transform(transform) for transform in given]
         self.recorded_space, self.recorded_actions = flat_space(observation_space), action_space
         last = AsStableBaselines()
         self._steps: list[Transform] = [*self._given, last]
@@ -107,14 +107,8 @@ class Pipeline:
     @property
     def names(self) -> list[Any]:
         """What to give to get the same transforms again: text, or the user's own objects."""
-        return [
-            step.function
-            if isinstance(step, Function)
-            else str(step)
-            if type(step).__str__ is not object.__str__
-            else step
-            for step in self._given
-        ]
+        pairs = zip(self._originals, self._given, strict=True)
+        return [str(step) if isinstance(given, str) or isinstance(step, Tokens) else given for given, step in pairs]
 
     @property
     def changes_nothing(self) -> bool:

@@ -4,12 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sb3_ext.cql import BC, CQL
+    from sb3_ext.cql import BC, CQL, ContinuousCQL
     from sb3_ext.data import load_minari, make_eval_env, record
     from sb3_ext.dqn import DQN, QRDQN
     from sb3_ext.efficientzero import EfficientZeroV2
     from sb3_ext.gail import GAIL as GAIL
     from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
+    from sb3_ext.sac import SAC
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "CQL",
     "DQN",
     "QRDQN",
+    "SAC",
+    "ContinuousCQL",
     "EfficientZeroV2",
     "PrioritizedReplayBuffer",
     "load_minari",
@@ -27,16 +30,18 @@ __all__ = [
 _HOMES = {
     "BC": "cql",
     "CQL": "cql",
+    "ContinuousCQL": "cql",
     "DQN": "dqn",
     "GAIL": "gail",  # not in __all__: it needs a library that nothing else needs
     "QRDQN": "dqn",
+    "SAC": "sac",
     "EfficientZeroV2": "efficientzero",
     "PrioritizedReplayBuffer": "replay.prioritized",
     "load_minari": "data",
     "make_eval_env": "data",
     "record": "data",
 }
-_PACKAGES = ("cql", "data", "dqn", "efficientzero", "gail", "replay", "search", "zoo")
+_PACKAGES = ("cql", "data", "dqn", "efficientzero", "gail", "replay", "sac", "search", "zoo")
 
 
 def __getattr__(name: str) -> Any:

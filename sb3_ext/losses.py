@@ -87,7 +87,7 @@ def quantile_huber_loss(current: th.Tensor, target: th.Tensor, method: str = "au
     return _pairwise_quantile_huber(current, target.detach())
 
 
-def conservative_gap(q_values: th.Tensor, actions: th.Tensor) -> th.Tensor:
+def conservative_gap(q_values: th.Tensor, actions: th.Tensor, floor: th.Tensor | None = None) -> th.Tensor:
     """
     Per-sample CQL(H) term (Kumar et al., 2020, https://arxiv.org/abs/2006.04779, eq. 4).
 
@@ -96,9 +96,27 @@ def conservative_gap(q_values: th.Tensor, actions: th.Tensor) -> th.Tensor:
 
     :param q_values: ``[B, A]``; for QR-DQN the mean over quantiles
     :param actions: actions of the dataset, ``[B]`` or ``[B, 1]``
-    :return: gap, ``[B]``, not negative
+    :param floor: values are not pushed below it, ``[B, 1]``: the return that the data got from there on calibrates them
+        (Nakamoto et al., 2023, https://arxiv.org/abs/2303.05479, eq. 4.1)
+    :return: gap, ``[B]``; without a floor not negative
     """
-    return th.logsumexp(q_values, dim=1) - q_values.gather(1, actions.long().reshape(-1, 1)).squeeze(1)
+    pushed = q_values if floor is None else th.maximum(q_values, floor)
+    return th.logsumexp(pushed, dim=1) - q_values.gather(1, actions.long().reshape(-1, 1)).squeeze(1)
+
+
+def sampled_conservative_gap(q_values: th.Tensor, log_density: th.Tensor, q_data: th.Tensor) -> th.Tensor:
+    """
+    Per-sample CQL(H) term of continuous actions, with importance sampling (Kumar et al., 2020, appendix F).
+
+    ``log sum_n exp(Q(s, a_n) - log p(a_n)) - Q(s, a_data)``, with the sum over samples where the paper has their mean:
+    that is a constant.
+
+    :param q_values: of sampled actions, ``[..., B, N]``
+    :param log_density: logarithm of the density that each action was drawn with, ``[B, N]``
+    :param q_data: of the data's actions, ``[..., B]``
+    :return: gap, ``[..., B]``
+    """
+    return th.logsumexp(q_values - log_density, dim=-1) - q_data
 
 
 TRANSFORM_EPS = 1e-3

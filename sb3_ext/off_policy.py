@@ -10,7 +10,6 @@ import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 
 from sb3_ext.losses import LossOutput
@@ -48,13 +47,17 @@ class MetricMeans:
 
 
 def minimise(
-    policy: BasePolicy, output: LossOutput, weights: th.Tensor | None, max_grad_norm: float | None, update: int
+    optimizer: th.optim.Optimizer,
+    output: LossOutput,
+    weights: th.Tensor | None,
+    max_grad_norm: float | None,
+    update: int,
 ) -> th.Tensor:
     """
     One gradient step on the mean over the batch of ``weights * loss``; the only place that reduces over the batch.
 
     :param weights: importance weights, ``[B, 1]``; None: 1
-    :param max_grad_norm: largest norm of the gradient; None: no clipping
+    :param max_grad_norm: largest norm of the optimizer's gradients; None: no clipping
     :param update: number of the step, for the message
     :return: the mean, 0-dim
     :raises FloatingPointError: if it is NaN or infinite, before the step is taken (on a GPU it is looked at every 100
@@ -68,13 +71,14 @@ def minimise(
             "or set max_grad_norm; checkpoints written before this step are intact."
         )
     if output.backward is None:
-        policy.optimizer.zero_grad()
+        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
     else:  # a graph has its own backward pass
         output.backward(weights)
     if max_grad_norm is not None:
-        th.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-    policy.optimizer.step()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
     return loss
 
 
@@ -92,8 +96,18 @@ class OffPolicy(OffPolicyAlgorithm):
         """Per-sample loss and TD error, ``[B]``, of samples of the replay buffer, and metrics."""
         raise NotImplementedError
 
-    def _after_update(self) -> None:
-        """Called after each gradient step."""
+    def _optimizers(self) -> list[th.optim.Optimizer]:
+        """Optimizers that follow ``learning_rate``."""
+        return [self.policy.optimizer]
+
+    def _update(self, batch: Any, weights: th.Tensor | None) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """One gradient step on a batch; TD errors, ``[B]``, and metrics."""
+        output = self.compute_loss(batch)
+        loss = minimise(self.policy.optimizer, output, weights, self.max_grad_norm, self._n_updates)
+        return output.td_error, {"loss": loss, **output.metrics}
+
+    def _after_update(self, number: int) -> None:
+        """Called after each gradient step with its number within this call of :meth:`train`."""
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """
@@ -104,23 +118,21 @@ class OffPolicy(OffPolicyAlgorithm):
         assert self.replay_buffer is not None
         buffer, hooks = self.replay_buffer, hooks_of(self.replay_buffer)
         self.policy.set_training_mode(True)
-        self._update_learning_rate(self.policy.optimizer)
+        self._update_learning_rate(self._optimizers())
         hooks.set_progress(self._current_progress_remaining)
-        for _ in range(gradient_steps):
+        for number in range(gradient_steps):
             # sample
             batch = buffer.sample(batch_size, env=self._vec_normalize_env)
-            # loss and TD error of each sample, [B]
-            output = self.compute_loss(batch)
-            # one step on the weighted mean
+            # one step on the weighted mean of the samples' losses
             weights = hooks.weights(batch)
-            loss = minimise(self.policy, output, weights, self.max_grad_norm, self._n_updates)
+            td_error, metrics = self._update(batch, weights)
             # new priorities
             if weights is not None:
-                hooks.update_priorities(batch.indices, output.td_error.detach().abs().cpu().numpy())  # type: ignore[attr-defined]
+                hooks.update_priorities(batch.indices, td_error.detach().abs().cpu().numpy())  # type: ignore[attr-defined]
             self._n_updates += 1
-            self._train_metrics.add({"loss": loss, **output.metrics})
+            self._train_metrics.add(metrics)
             # target networks
-            self._after_update()
+            self._after_update(number)
         self._log_metrics()
 
     def _log_metrics(self) -> None:

@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sb3_ext import BC, CQL, DQN, QRDQN, EfficientZeroV2, PrioritizedReplayBuffer, record
+from sb3_ext import BC, CQL, DQN, QRDQN, SAC, ContinuousCQL, EfficientZeroV2, PrioritizedReplayBuffer, record
 from sb3_ext.data import StackFrames
 from sb3_ext.gail import GAIL
 from tests.helpers import SMALL, TINY_CNN, filled_buffer
@@ -62,6 +63,7 @@ SEARCH: dict[str, Any] = {
     "gradient_steps": 1, "value_coef": 0.5, "search_value": "improved",
 }  # fmt: skip
 QUANTILES: dict[str, Any] = {**TINY, "n_quantiles": 5}
+SOFT: dict[str, Any] = {**VALUES, "target_update_interval": 1, "policy_kwargs": TINY}
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Algorithm:
     :param env_id: where it acts
     :param data: the argument that takes recorded steps
     :param pictures: constructor arguments for CnnPolicy
+    :param pixels: where it acts by pictures
     """
 
     cls: Any
@@ -83,6 +86,12 @@ class Algorithm:
     env_id: str = "CartPole-v1"
     data: str | None = None
     pictures: dict[str, Any] = field(default_factory=dict)
+    pixels: str = "Pixels-v0"
+
+    @property
+    def optimizers(self) -> str:
+        """Of the policy's parts, the one whose step size is ``learning_rate``."""
+        return "critic.optimizer" if issubclass(self.cls, sb3.SAC) else "policy.optimizer"
 
 
 ALGORITHMS = {
@@ -90,11 +99,21 @@ ALGORITHMS = {
     "QRDQN": Algorithm(QRDQN, 60, {**VALUES, "policy_kwargs": QUANTILES}),
     "DQN+PER": Algorithm(DQN, 60, {**VALUES, **PER, "policy_kwargs": TINY}),
     "QRDQN+PER": Algorithm(QRDQN, 60, {**VALUES, **PER, "policy_kwargs": QUANTILES}),
+    "SAC": Algorithm(SAC, 60, SOFT, env_id="Pendulum-v1", pixels="ContinuousPixels-v0"),
+    "SAC+PER": Algorithm(SAC, 60, {**SOFT, **PER}, env_id="Pendulum-v1", pixels="ContinuousPixels-v0"),
     "CQL": Algorithm(
         CQL,
         30,
         {"batch_size": BATCH, "cql_alpha": 2.5, "gamma": 0.9, "learning_rate": 1e-3, "policy_kwargs": QUANTILES},
         data="dataset",
+    ),
+    "ContinuousCQL": Algorithm(
+        ContinuousCQL,
+        30,
+        {"batch_size": BATCH, "cql_alpha": 2.5, "gamma": 0.9, "cql_n_actions": 2, "policy_kwargs": TINY},
+        env_id="Pendulum-v1",
+        data="dataset",
+        pixels="ContinuousPixels-v0",
     ),
     "BC": Algorithm(BC, 30, {"batch_size": BATCH, "policy_kwargs": TINY}, data="dataset"),
     "EfficientZeroV2": Algorithm(EfficientZeroV2, 40, SEARCH, pictures={"policy_kwargs": TINY_CNN, "batch_size": 4}),
@@ -109,9 +128,11 @@ ALGORITHMS = {
         data="demonstrations",
     ),
 }  # fmt: skip
-OFFLINE = {"CQL", "BC"}
-REPLAY = {"DQN", "QRDQN", "DQN+PER", "QRDQN+PER", "EfficientZeroV2", "EfficientZeroV2-continuous"}
-EXACT = {"CQL", "BC", "EfficientZeroV2", "EfficientZeroV2-continuous"}
+OFFLINE = {"CQL", "ContinuousCQL", "BC"}
+REPLAY = {
+    *("DQN", "QRDQN", "DQN+PER", "QRDQN+PER", "SAC", "SAC+PER", "EfficientZeroV2", "EfficientZeroV2-continuous"),
+}
+EXACT = {"CQL", "ContinuousCQL", "BC", "EfficientZeroV2", "EfficientZeroV2-continuous"}
 """Those that promise to continue bit for bit after ``load``."""
 
 NOT_APPLICABLE: dict[str, dict[str, str]] = {
@@ -121,10 +142,10 @@ NOT_APPLICABLE: dict[str, dict[str, str]] = {
     "pictures": {"EfficientZeroV2-continuous": "the image network is EfficientZeroV2's"},
     "policies": {"EfficientZeroV2-continuous": "same names as EfficientZeroV2"},
     "signature": {
-        **dict.fromkeys(["DQN+PER", "QRDQN+PER"], "same class as without PER"),
+        **dict.fromkeys(["DQN+PER", "QRDQN+PER", "SAC+PER"], "same class as without PER"),
         "EfficientZeroV2-continuous": "same class as EfficientZeroV2",
     },
-    "numbers": dict.fromkeys(["DQN", "QRDQN"], "takes no number of its own"),
+    "numbers": dict.fromkeys(["DQN", "QRDQN", "SAC"], "takes no number of its own"),
 }
 KNOWN: dict[tuple[str, str], str] = {}
 """Contracts that are broken, and why."""
@@ -168,7 +189,8 @@ class Case:
 
     def env(self, n: int = 1, seed: int | None = 0, pictures: bool = False) -> VecEnv:
         if pictures:
-            return make_vec_env("Pixels-v0", n, seed=seed, wrapper_class=StackFrames, wrapper_kwargs={"frame_stack": 4})
+            stack = {"wrapper_class": StackFrames, "wrapper_kwargs": {"frame_stack": 4}}
+            return make_vec_env(self.algorithm.pixels, n, seed=seed, **stack)
         # short episodes, so that some end
         return make_vec_env(self.algorithm.env_id, n, seed=seed, env_kwargs={"max_episode_steps": 20})
 
@@ -177,7 +199,7 @@ class Case:
         if pictures:
             settings |= self.algorithm.pictures
         if self.algorithm.data:
-            settings[self.algorithm.data] = self.recorded["pictures" if pictures else "vectors"]
+            settings[self.algorithm.data] = self.recorded[self.algorithm.pixels if pictures else self.algorithm.env_id]
         if not self.offline or env is not None:
             settings["env"] = env or self.env(pictures=pictures)
         return self.cls(policy or ("CnnPolicy" if pictures else "MlpPolicy"), **{**settings, **kwargs})
@@ -194,7 +216,7 @@ class Case:
     def give_data(self, model: Any) -> None:
         """Give a loaded model what it learns from."""
         if self.algorithm.data:
-            getattr(model, f"set_{self.algorithm.data}")(self.recorded["vectors"])
+            getattr(model, f"set_{self.algorithm.data}")(self.recorded[self.algorithm.env_id])
 
     def observations(self, n: int = 6) -> np.ndarray:
         space = self.trained().observation_space
@@ -395,14 +417,16 @@ def logged(model: Any, steps: int) -> dict[str, list[Any]]:
 def log_keys(case: Case) -> None:
     """The log has all keys of SB3's algorithm, and only finite numbers."""
     seen = logged(case.make(), 2 * case.steps)
-    common = {"train/learning_rate", "train/loss", "train/n_updates", "time/fps", "time/total_timesteps"}
+    common = {"train/learning_rate", "train/n_updates", "time/fps", "time/total_timesteps"}
+    common |= {"train/actor_loss", "train/critic_loss"} if issubclass(case.cls, sb3.SAC) else {"train/loss"}
     if case.offline:
         assert common <= set(seen)
     else:
-        kind = {"DQN": sb3.DQN, "QRDQN": sb3_contrib.QRDQN, "GAIL": sb3.PPO}.get(case.cls.__name__, sb3.DQN)
+        kinds = {"DQN": sb3.DQN, "QRDQN": sb3_contrib.QRDQN, "GAIL": sb3.PPO, "SAC": sb3.SAC}
+        kind: Any = kinds.get(case.cls.__name__, sb3.DQN)
         settings: dict[str, Any] = {"policy_kwargs": QUANTILES if kind is sb3_contrib.QRDQN else TINY}
         settings |= {"n_steps": 16, "batch_size": 16} if kind is sb3.PPO else {"learning_starts": 20}
-        env = make_vec_env("CartPole-v1", 1, seed=0)
+        env = make_vec_env(case.algorithm.env_id if kind is sb3.SAC else "CartPole-v1", 1, seed=0)
         theirs = set(logged(kind("MlpPolicy", env, device="cpu", **settings), 120))
         if case.cls is EfficientZeroV2:
             theirs -= {"rollout/exploration_rate"}  # the search explores
@@ -475,7 +499,7 @@ def pictures(case: Case) -> None:
     assert model._n_updates > 0
     first = np.random.default_rng(0).integers(0, 255, (5, 4, 36, 36), dtype=np.uint8)
     actions = greedy(model, first)
-    assert actions.shape == (5,)
+    assert actions.shape == (5, *model.action_space.shape)
     np.testing.assert_array_equal(greedy(model, np.moveaxis(first, 1, -1)), actions)
     np.testing.assert_array_equal(greedy(model, np.moveaxis(first[0], 0, -1)), actions[0])
 
@@ -508,6 +532,13 @@ NUMBERS: dict[str, dict[str, tuple[float, ...]]] = {
         "cql_alpha": (-1.0, NAN), "batch_size": (0,), "n_steps": (0,), "target_update_interval": (0,),
     },
     "BC": {"batch_size": (0,), "ent_coef": (-1.0, NAN), "max_grad_norm": (-1.0, NAN)},
+    "ContinuousCQL": {
+        **dict.fromkeys(("cql_n_actions", "batch_size", "n_steps", "target_update_interval"), (0,)),
+        **dict.fromkeys(
+            ("cql_alpha", "max_grad_norm", "target_action_gap", "actor_learning_rate"), (-1.0, NAN)
+        ),
+        "bc_steps": (-1,),
+    },
     "EfficientZeroV2": {
         **dict.fromkeys(("batch_size", "n_steps", "unroll_steps", "num_simulations", "target_update_interval"), (0,)),
         "max_num_considered_actions": (0,), "num_sampled_actions": (1,), "image_shift": (-1,), "buffer_size": (3,),
@@ -527,7 +558,7 @@ NUMBERS: dict[str, dict[str, tuple[float, ...]]] = {
 def numbers(case: Case) -> None:
     """A number that is out of range is refused by its name, before data or environments are touched."""
     wrong: list[str] = []
-    if case.name in ("DQN+PER", "QRDQN+PER"):
+    if case.name.endswith("+PER"):
         assert numbers_of(PrioritizedReplayBuffer) - {"buffer_size", "n_envs", "seed"} == set(PER_NUMBERS)
         bad = [(n, v, {"replay_buffer_kwargs": {n: v}}) for n, found in PER_NUMBERS.items() for v in found]
         bad = [
@@ -560,6 +591,12 @@ REFUSED: dict[str, list[tuple[Any, Any, str]]] = {
     "DQN": [(BOX, MANY, "MultiDiscrete"), (BOX, BOX, "Discrete.*Box")],
     "QRDQN": [(BOX, MANY, "MultiDiscrete"), (BOX, BOX, "Discrete.*Box")],
     "CQL": [(DICT, TWO, "Dict.*MultiInputPolicy"), (BOX, MANY, "Discrete.*MultiDiscrete")],
+    "SAC": [(BOX, MANY, "MultiDiscrete"), (BOX, TWO, "Box.*Discrete")],
+    "ContinuousCQL": [
+        (DICT, BOX, "Dict.*MultiInputPolicy"),
+        (BOX, TWO, "Box.*Discrete.*CQL"),
+        (BOX, spaces.Box(-np.inf, np.inf, (2,)), "bounds.*clip_actions"),
+    ],
     "BC": [(DICT, TWO, "Dict.*MultiInputPolicy")],
     "EfficientZeroV2": [
         (DICT, TWO, "Box.*Dict"),
@@ -606,10 +643,25 @@ class Changes:
 CHANGES = {
     "DQN": Changes(sb3.DQN),
     "QRDQN": Changes(sb3_contrib.QRDQN),
+    "SAC": Changes(sb3.SAC),
+    "ContinuousCQL": Changes(
+        sb3.SAC,
+        {
+            *("dataset", "actor_learning_rate", "max_grad_norm", "cql_alpha", "cql_n_actions", "target_action_gap"),
+            *("soft_q_backup", "max_q_backup", "calibrated", "bc_steps", "clip_rewards", "dataset_kwargs"),
+            "cuda_graphs",
+        },
+        # the dataset decides how it is stored
+        {
+            *("replay_buffer_class", "replay_buffer_kwargs", "optimize_memory_usage"),
+            *("use_sde", "sde_sample_freq", "use_sde_at_warmup"),
+        },
+        {"env", "learning_starts"},
+    ),
     "CQL": Changes(
         sb3_contrib.QRDQN,
         {
-            *("dataset", "cql_alpha", "double_q", "clip_rewards", "dataset_kwargs"),
+            *("dataset", "cql_alpha", "double_q", "calibrated", "clip_rewards", "dataset_kwargs"),
             *("torch_compile", "bf16", "cuda_graphs"),
         },
         # the dataset decides how it is stored
@@ -736,9 +788,10 @@ def schedules(case: Case) -> None:
         (LinearSchedule(1e-3, 5e-4, 1.0), 1e-3, 5e-4),
     ):
         model = case.make(learning_rate=schedule)
-        assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(first)
+        optimizer = attrgetter(case.algorithm.optimizers)(model)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(first)
         model.learn(case.steps)
-        rate = model.policy.optimizer.param_groups[0]["lr"]
+        rate = optimizer.param_groups[0]["lr"]
         assert rate == pytest.approx(last, rel=0.1), "within a rollout of the end"
         model.save(case.folder / "model")
         loaded = case.load(case.folder / "model")
@@ -750,16 +803,17 @@ def schedules(case: Case) -> None:
 def policies(case: Case) -> None:
     """Each name of a policy stands for a class that may be given instead."""
     assert {"MlpPolicy", "CnnPolicy"} <= set(case.cls.policy_aliases)
-    if case.cls in (DQN, QRDQN):
+    actions = BOX if issubclass(case.cls, sb3.SAC) else TWO
+    if case.cls in (DQN, QRDQN, SAC):
         parent = CHANGES[case.cls.__name__].parent
         assert case.cls.policy_aliases.keys() == parent.policy_aliases.keys()
         assert all(issubclass(kind, parent.policy_aliases[name]) for name, kind in case.cls.policy_aliases.items())
     for name, kind in case.cls.policy_aliases.items():
         given: dict[str, Any] = {"pictures": name == "CnnPolicy"}
         if name == "MultiInputPolicy":
-            given["env"] = DummyVecEnv([lambda: Sampled(DICT, TWO)])
+            given["env"] = DummyVecEnv([lambda: Sampled(DICT, actions)])
         if name == "MultiInputPolicy" and case.offline:
-            given = {"dataset": filled_buffer(DICT, TWO)}
+            given = {"dataset": filled_buffer(DICT, actions)}
         if name == "MultiInputPolicy" and case.name == "GAIL":
             with pytest.raises(TypeError, match="Box observations"):
                 case.make(policy=name, **given)
@@ -770,7 +824,7 @@ def policies(case: Case) -> None:
         if name == "MultiInputPolicy":
             models[0].learn(40)
             assert models[0]._n_updates > 0
-            assert models[0].predict(models[0].observation_space.sample())[0] in (0, 1)
+            assert actions.contains(models[0].predict(models[0].observation_space.sample())[0])
     with pytest.raises(ValueError, match="unknown"):
         case.make(policy="MlpPolice")
 
@@ -805,7 +859,8 @@ def tensorboard(case: Case) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["run_1", "run_2"]
     events = EventAccumulator(str(folder / "run_1"))
     events.Reload()
-    wanted = {"train/loss", "train/learning_rate", "time/fps"} | (set() if case.offline else {"rollout/ep_rew_mean"})
+    loss = "train/critic_loss" if issubclass(case.cls, sb3.SAC) else "train/loss"
+    wanted = {loss, "train/learning_rate", "time/fps"} | (set() if case.offline else {"rollout/ep_rew_mean"})
     assert wanted <= set(events.Tags()["scalars"])
 
 
@@ -823,8 +878,11 @@ def cells() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def recorded(cartpole: minari.MinariDataset) -> dict[str, minari.MinariDataset]:
-    pixels = record(None, gym.make("Pixels-v0"), "contract/pixels-v0", n_steps=60)
-    return {"vectors": cartpole, "pictures": pixels}
+    found = {"CartPole-v1": cartpole}
+    for env_id in ("Pixels-v0", "ContinuousPixels-v0", "Pendulum-v1"):
+        env = gym.make(env_id, max_episode_steps=30)
+        found[env_id] = record(None, env, f"contract/{env_id.lower()}", n_steps=60)
+    return found
 
 
 @pytest.fixture(scope="session")

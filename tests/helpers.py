@@ -104,10 +104,10 @@ class Pixels(gym.Env[Any, Any]):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
 
-    def __init__(self, render_mode: str | None = None) -> None:
+    def __init__(self, render_mode: str | None = None, continuous: bool = False) -> None:
         self.render_mode = render_mode
         self.observation_space = spaces.Box(0, 255, (36, 36), np.uint8)
-        self.action_space = spaces.Discrete(2)
+        self.action_space: spaces.Space[Any] = spaces.Box(-1, 1, (1,)) if continuous else spaces.Discrete(2)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -119,12 +119,13 @@ class Pixels(gym.Env[Any, Any]):
         frame[self.place * 4 : self.place * 4 + 4] = 200
         return frame
 
-    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.place += 1 - int(action)
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.place += 1 - int(np.sum(action) > 0)
         return self._draw(), 1.0, self.place >= 8, False, {}
 
 
 gym.register("Pixels-v0", entry_point=f"{__name__}:Pixels", max_episode_steps=30)
+gym.register("ContinuousPixels-v0", entry_point=f"{__name__}:Pixels", max_episode_steps=30, kwargs={"continuous": True})
 
 
 def published_loss(

@@ -35,9 +35,11 @@ BELOW = {
     "data": {"replay", "files"},
     "off_policy": {"replay", "losses", "saving", "threads"},
     "dqn": {"threads", "off_policy", "replay", "losses"},
+    "sac": {"threads", "off_policy", "replay", "losses"},
     "cql": {
         "arguments",
         "dqn",
+        "sac",
         "off_policy",
         "replay",
         "losses",

@@ -170,7 +170,7 @@ class BC(OfflineAlgorithm):
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             output = self.compute_loss(batch)
-            loss = minimise(self.policy, output, None, self.max_grad_norm, self._n_updates)
+            loss = minimise(self.policy.optimizer, output, None, self.max_grad_norm, self._n_updates)
             self._n_updates += 1
             self._train_metrics.add({"loss": loss, **output.metrics})
 

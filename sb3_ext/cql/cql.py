@@ -7,34 +7,26 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
 
-import gymnasium as gym
-import numpy as np
 import sb3_contrib
 import torch as th
 from sb3_contrib.qrdqn.policies import CnnPolicy, QRDQNPolicy, QuantileNetwork
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.torch_layers import NatureCNN
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import polyak_update
 
 from sb3_ext.arguments import check_least
+from sb3_ext.cql.conservative import ConservativeAlgorithm, check_alpha
 from sb3_ext.cql.defaults import CQL_DEFAULTS, chosen
-from sb3_ext.cql.mixed import MixedReplayBuffer, OnlineReplayBuffer
-from sb3_ext.cql.offline import NO_DATASET, OfflineAlgorithm, with_adam
+from sb3_ext.cql.offline import with_adam
 from sb3_ext.cuda_graphs import GraphedLoss
 from sb3_ext.data.load import DatasetLike
 from sb3_ext.dqn.dqn import quantile_td
 from sb3_ext.losses import LossOutput, conservative_gap
-from sb3_ext.off_policy import OffPolicy
-from sb3_ext.replay.dataset import OfflineReplayBuffer
-from sb3_ext.replay.priorities import Priorities
-from sb3_ext.saving import FileLike
-from sb3_ext.threads import with_loop_threads
 
 
-class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
+class CQL(ConservativeAlgorithm, sb3_contrib.QRDQN):
     """
     Conservative Q-learning CQL(H) (Kumar et al., 2020, https://arxiv.org/abs/2006.04779) on QR-DQN, for discrete
     actions.
@@ -70,6 +62,8 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         log. Default: 4 with CnnPolicy, 20 otherwise
     :param double_q: choose the next action with the online network. The authors' Atari code does not; d3rlpy and
         tianshou do
+    :param calibrated: Cal-QL (Nakamoto et al., 2023): values are not pushed below the return that the data got from
+        there on, so that they do not have to rise again before :meth:`learn_online` gets better
     :param clip_rewards: clip each reward to [-1, 1], as the DQN Replay Dataset has them
     :param dataset_kwargs: further arguments of :func:`~sb3_ext.data.load_minari`: ``transforms``, ``frame_stack``,
         ``subset``, ``storage``, ``prioritized``, ``seed`` (of the sampler; default: this model's), ...
@@ -91,7 +85,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
     """
 
     other_actions = " BC clones continuous ones, and GAIL imitates them in the environment."
-    _warned_of_overestimation = False
+    judged = "q_best"
 
     def __init__(
         self,
@@ -114,6 +108,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         max_grad_norm: float | None = None,
         cql_alpha: float | None = None,
         double_q: bool = False,
+        calibrated: bool = False,
         clip_rewards: bool = False,
         dataset_kwargs: dict[str, Any] | None = None,
         torch_compile: bool = False,
@@ -133,14 +128,14 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         target_update_interval = chosen(target_update_interval, defaults.target_update_interval)
         cql_alpha = chosen(cql_alpha, defaults.cql_alpha)
         check_least(1, batch_size=batch_size, target_update_interval=target_update_interval, n_steps=n_steps)
-        _check_alpha(cql_alpha)
+        check_alpha(cql_alpha)
         if "double_q" in (policy_kwargs or {}):
             raise ValueError("policy_kwargs has no double_q here, it is an argument: CQL(..., double_q=True).")
         self.cql_alpha, self.double_q, self.clip_rewards = cql_alpha, double_q, clip_rewards
+        self.calibrated = calibrated
         self.dataset_kwargs, self.dataset_info = dict(dataset_kwargs or {}), {}
         self.torch_compile, self.bf16 = torch_compile, bf16
         self.cuda_graphs = cuda_graphs and not torch_compile  # what is graphed must not be compiled meanwhile
-        self._online_buffer: OnlineReplayBuffer | None = None
         policy_kwargs = with_adam(policy_kwargs, chosen(defaults.adam_eps, 0.01 / batch_size))
         policy_kwargs = {**defaults.network(), **policy_kwargs}
         super().__init__(
@@ -172,15 +167,6 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
             self._attach(dataset)
             self._setup_model()
 
-    def _attach(self, dataset: DatasetLike | ReplayBuffer | None) -> None:
-        super()._attach(dataset)
-        buffer = self._dataset
-        # largest discounted return in the data, in the units of the Q values
-        self._bound = float("nan")
-        if isinstance(buffer, OfflineReplayBuffer):
-            rewards = np.clip(buffer.rewards, -1, 1) if self.clip_rewards else None
-            self._bound = buffer.largest_return(self.gamma, rewards)
-
     def _setup_model(self) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The number of environments used is greater than the target")
@@ -198,7 +184,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         self._forget_graphs()
 
     def _forget_graphs(self) -> None:
-        self._graphed_loss = GraphedLoss(self.quantile_net, lambda *x: self._loss(ReplayBufferSamples(*x)))
+        self._graphed_loss = GraphedLoss(self.quantile_net, lambda *x: self._loss(self._named(*x)))
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         self._forget_graphs()  # they have the coefficients of then
@@ -219,10 +205,9 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         """
         if not self.cuda_graphs or self.device.type != "cuda" or isinstance(batch.observations, dict):
             return self._loss(batch)
-        # weights and indices of a batch are not the loss's business
-        return self._graphed_loss(*(part for part in batch[: len(ReplayBufferSamples._fields)] if part is not None))
+        return self._graphed_loss(*self._inputs(batch))
 
-    def _loss(self, batch: ReplayBufferSamples) -> LossOutput:
+    def _loss(self, batch: Any) -> LossOutput:
         """The loss itself, with nothing in it that a CUDA graph could not hold."""
         if self.clip_rewards and self.n_steps == 1:  # else the buffers clip, before they sum
             batch = batch._replace(rewards=batch.rewards.clamp(-1, 1))
@@ -237,7 +222,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         td = quantile_td(batch, quantiles, following, self.gamma)
         # plus the conservative term
         q_values = quantiles.mean(dim=1)
-        gap = conservative_gap(q_values, batch.actions)
+        gap = conservative_gap(q_values, batch.actions, batch.returns_to_go if self.calibrated else None)
         with th.no_grad():
             best = q_values.max(dim=1)
             metrics = {
@@ -250,7 +235,7 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         loss = td.loss if self.cql_alpha == 0 else td.loss + self.cql_alpha * gap
         return LossOutput(loss, td.td_error, metrics)
 
-    def _after_update(self) -> None:
+    def _after_update(self, number: int) -> None:
         if self._n_updates % self.target_update_interval == 0:
             polyak_update(self.quantile_net.parameters(), self.quantile_net_target.parameters(), self.tau)
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
@@ -259,21 +244,6 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         # QRDQN counts environment steps to update the target network; here gradient steps count
         self.exploration_rate = self.exploration_schedule(self._current_progress_remaining)
         self.logger.record("rollout/exploration_rate", self.exploration_rate)
-
-    def _judge(self, means: dict[str, float]) -> None:
-        if not np.isfinite(self._bound) or "q_best" not in means:
-            return
-        self.logger.record("train/largest_data_return", self._bound)
-        too_high = means["q_best"] > self._bound + max(1.0, abs(self._bound))
-        self.logger.record("train/overestimation", float(too_high))
-        if too_high and not self._warned_of_overestimation:
-            self._warned_of_overestimation = True
-            warnings.warn(
-                f"Q of the best actions is {means['q_best']:.3g} on average, but no episode of the data returned more "
-                f"than {self._bound:.3g} (discounted): the values are overestimated, and the policy will likely fail. "
-                "Raise cql_alpha.",
-                stacklevel=3,
-            )
 
     def learn(
         self,
@@ -288,120 +258,9 @@ class CQL(OfflineAlgorithm, OffPolicy, sb3_contrib.QRDQN):
         self.exploration_rate = self.exploration_final_eps  # what predict() does when it is not greedy
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
-    @with_loop_threads
-    def learn_online(
-        self,
-        total_timesteps: int,
-        env: GymEnv | str | None = None,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "CQL_online",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-        *,
-        offline_fraction: float = 0.5,
-        cql_alpha: float | None = None,
-    ) -> Self:
-        """
-        Go on in an environment, from the same data plus new transitions. Here one timestep is one environment step.
-
-        New transitions are kept over calls, as in SB3, as long as the number of environments stays the same.
-
-        :param total_timesteps: environment steps
-        :param env: the environment; default the one given before
-        :param callback: SB3 callbacks
-        :param log_interval: episodes between log lines
-        :param tb_log_name: name of the run for TensorBoard
-        :param reset_num_timesteps: False continues counting
-        :param progress_bar: show progress
-        :param offline_fraction: share of offline transitions in each batch, 0 to 1
-        :param cql_alpha: weight of the conservative term from now on; lower lets the agent leave the data. Default:
-            unchanged
-        :return: self
-        :raises ValueError: if there is no environment or no dataset, or a number is out of range
-        """
-        if self._dataset is None:
-            raise ValueError(NO_DATASET)
-        if env is not None:
-            self.set_env(gym.make(env) if isinstance(env, str) else env)
-        if self.env is None:
-            raise ValueError(
-                "learn_online() needs an environment: pass env=, for instance sb3_ext.data.make_eval_env(dataset)."
-            )
-        if cql_alpha is not None:
-            _check_alpha(cql_alpha)
-            self.cql_alpha = cql_alpha
-        online = self._new_transitions()
-        self.replay_buffer, self._online = MixedReplayBuffer(self._dataset, online, offline_fraction), True
-        # SB3's learn, which comes after the offline one
-        return super(OfflineAlgorithm, self).learn(
-            total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
-        )
-
-    def _new_transitions(self) -> OnlineReplayBuffer:
-        """The online buffer, made when it is first needed or no longer fits the environments."""
-        kept, offline = self._online_buffer, self._dataset
-        if kept is not None and kept.n_envs != self.n_envs:
-            if kept.size():
-                warnings.warn(
-                    f"The {kept.size() * kept.n_envs} transitions of {kept.n_envs} environment(s) are forgotten: there "
-                    f"are {self.n_envs} environment(s) now. Use as many as before to keep them.",
-                    stacklevel=3,
-                )
-            kept = None
-        if kept is None:
-            state = offline.sampler_state if isinstance(offline, OfflineReplayBuffer) else None
-            # images take a frame per transition, as in the dataset; alpha 0 draws uniformly
-            images = isinstance(offline, OfflineReplayBuffer) and is_image_space(self.observation_space)
-            kept = self._online_buffer = OnlineReplayBuffer(
-                self.buffer_size,
-                self.observation_space,
-                self.action_space,
-                self.device,
-                self.n_envs,
-                optimize_memory_usage=images,
-                frame_stack=getattr(offline, "frame_stack", None),
-                n_steps=self.n_steps,
-                gamma=self.gamma,
-                **(state.settings if isinstance(state, Priorities) else {"alpha": 0.0}),
-            )
-        kept.clip_rewards, kept.gamma = self.clip_rewards, self.gamma
-        return kept
-
-    def load_replay_buffer(self, path: FileLike, truncate_last_traj: bool = True) -> None:
-        """
-        Load what ``save_replay_buffer`` saved: the dataset; after :meth:`learn_online` the new transitions, and the
-        dataset with them if the model has none yet.
-
-        :param path: as in SB3
-        :param truncate_last_traj: as in SB3
-        :raises ValueError: if the spaces or ``n_steps`` differ from the model's
-        """
-        loaded = load_from_pkl(path, self.verbose)
-        if not isinstance(loaded, MixedReplayBuffer):
-            self.set_dataset(loaded)
-            return
-        online = loaded.online
-        self._compare_spaces(online)
-        if not isinstance(online, OnlineReplayBuffer) or online.n_steps != self.n_steps:
-            raise ValueError(
-                f"The new transitions in the file ({type(online).__name__}, n_steps={getattr(online, 'n_steps', 1)}) "
-                f"are of another kind than this model's (OnlineReplayBuffer, n_steps={self.n_steps}). Load them into a "
-                "model like the one that saved them."
-            )
-        if self._dataset is None:
-            self.set_dataset(loaded.offline)
-        online.device = self.device
-        self._online_buffer = online
-
     def _excluded_save_params(self) -> list[str]:
-        names = ("_online_buffer", "_online_forward", "_target_forward", "_graphed_loss")
+        names = ("_online_forward", "_target_forward", "_graphed_loss")
         return [*super()._excluded_save_params(), *names]
-
-
-def _check_alpha(cql_alpha: float) -> None:
-    if not cql_alpha >= 0:
-        raise ValueError(f"cql_alpha must not be negative, got {cql_alpha}.")
 
 
 def _quantiles_of_images(net: QuantileNetwork, observations: th.Tensor) -> th.Tensor:

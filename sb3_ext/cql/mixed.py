@@ -12,13 +12,66 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ext.arguments import check_share
-from sb3_ext.replay.batch import PrioritizedReplayBufferSamples, ReplayHooks, hooks_of
-from sb3_ext.replay.dataset import ClippedRewards, PrioritizedOfflineReplayBuffer
+from sb3_ext.replay.batch import OfflineSamples, PrioritizedReplayBufferSamples, ReplayHooks, hooks_of, to_device
+from sb3_ext.replay.dataset import ClippedRewards, PrioritizedOfflineReplayBuffer, lower_returns, scaled_returns
 from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
 
 
 class OnlineReplayBuffer(ClippedRewards, PrioritizedReplayBuffer):
-    """New transitions."""
+    """New transitions, and if asked for the discounted return from each on, once its episode has ended."""
+
+    _returns_to_go: NDArray[np.float32] | None = None
+
+    def keep_returns_to_go(self, wanted: bool) -> None:
+        """Let batches hold ``returns_to_go`` from now on, or not; minus infinity where they are not known."""
+        if not wanted:
+            self._returns_to_go = None
+        elif self._returns_to_go is None:
+            self._returns_to_go = np.full((self.buffer_size, self.n_envs), -np.inf, np.float32)
+            self._ages = np.zeros(self.n_envs, np.int64)
+
+    def add(
+        self,
+        obs: Any,
+        next_obs: Any,
+        action: NDArray[Any],
+        reward: NDArray[Any],
+        done: NDArray[Any],
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """See :meth:`PrioritizedReplayBuffer.add`."""
+        pos = self.pos
+        super().add(obs, next_obs, action, reward, done, infos)
+        if self._returns_to_go is None:
+            return
+        self._returns_to_go[pos] = -np.inf
+        self._ages += 1
+        for env in np.flatnonzero(done):
+            steps = min(int(self._ages[env]), self.buffer_size)
+            slots = (pos - np.arange(steps)[::-1]) % self.buffer_size
+            rewards = self.rewards[slots, env]
+            self._returns_to_go[slots, env] = lower_returns(
+                np.clip(rewards, -1, 1) if self.clip_rewards else rewards,
+                np.array([steps]),
+                np.array([not infos[env].get("TimeLimit.truncated", False)]),
+                self.gamma,
+            )
+            self._ages[env] = 0
+
+    def end_sequences(self) -> None:
+        """See :meth:`~sb3_ext.replay.batch.ReplayHooks.end_sequences`."""
+        super().end_sequences()
+        if self._returns_to_go is not None:
+            self._ages[:] = 0
+
+    def _gather(
+        self, indices: NDArray[np.int64], weights: NDArray[np.float32], env: VecNormalize | None
+    ) -> PrioritizedReplayBufferSamples:
+        samples = super()._gather(indices, weights, env)
+        if self._returns_to_go is None:
+            return samples
+        returns = scaled_returns(self._returns_to_go.take(indices).reshape(-1, 1), env)
+        return samples._replace(returns_to_go=to_device((returns,), self.device)[0])
 
 
 class MixedReplayBuffer(ReplayBuffer, ReplayHooks):
@@ -71,9 +124,9 @@ class MixedReplayBuffer(ReplayBuffer, ReplayHooks):
             parts.append(online.sample(batch_size - n_offline, env))
             if self._capacity:
                 parts[-1] = parts[-1]._replace(indices=parts[-1].indices + self._capacity)  # type: ignore[call-arg,attr-defined]
-        kind = PrioritizedReplayBufferSamples if self._capacity else ReplayBufferSamples
-        columns = list(zip(*(part[: len(kind._fields)] for part in parts), strict=True))
-        return kind(*map(_join, columns))  # type: ignore[return-value]
+        kind = PrioritizedReplayBufferSamples if self._capacity else OfflineSamples
+        columns = {name: _join(tuple(getattr(part, name, None) for part in parts)) for name in kind._fields}
+        return kind(**columns)  # type: ignore[return-value]
 
     def weights(self, batch: Any) -> th.Tensor | None:
         """See :meth:`~sb3_ext.replay.batch.ReplayHooks.weights`."""

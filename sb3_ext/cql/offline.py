@@ -89,6 +89,9 @@ class OfflineAlgorithm(BaseAlgorithm):
     other_actions: ClassVar = ""
     """Where to turn with other ones."""
 
+    scale_actions: ClassVar = False
+    """Whether its batches hold actions scaled to [-1, 1], as those of SB3's algorithms with a squashed policy do."""
+
     batch_size: int
     n_steps: int = 1
     gamma: float = 0.99
@@ -167,10 +170,11 @@ class OfflineAlgorithm(BaseAlgorithm):
         self._last_obs = None  # the environment was reset
 
     def _set_returns(self) -> None:
-        """Let the data give returns as this model wants them; another model may have the same buffer."""
+        """Let the data give returns and actions as this model wants them; another model may have the same buffer."""
         buffer = self._dataset
         if isinstance(buffer, OfflineReplayBuffer):
             buffer.n_steps, buffer.gamma, buffer.clip_rewards = self.n_steps, self.gamma, self.clip_rewards
+            buffer.scale_actions = self.scale_actions
 
     def _check_replay_buffer(self, buffer: ReplayBuffer) -> None:
         """Refuse a replay buffer that cannot be the dataset."""

@@ -249,7 +249,7 @@ class EfficientZeroV2(OffPolicy, MaskedCollection):
     def _forget_graphs(self) -> None:
         self.graphed_loss = GraphedLoss(self.policy.network, partial(unroll, self))
 
-    def _after_update(self) -> None:
+    def _after_update(self, number: int) -> None:
         if self._n_updates % self.target_update_interval == 0:
             self.policy_target.load_state_dict(self.policy.state_dict())
 

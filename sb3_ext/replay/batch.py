@@ -24,6 +24,19 @@ class PrioritizedReplayBufferSamples(NamedTuple):
     discounts: th.Tensor | None
     weights: th.Tensor
     indices: NDArray[np.int64]
+    returns_to_go: th.Tensor | None = None
+
+
+class OfflineSamples(NamedTuple):
+    """SB3's samples with the discounted ``returns_to_go`` that the data got from there on, ``[B, 1]``, if asked for."""
+
+    observations: Any
+    actions: th.Tensor
+    next_observations: Any
+    dones: th.Tensor
+    rewards: th.Tensor
+    discounts: th.Tensor | None = None
+    returns_to_go: th.Tensor | None = None
 
 
 @runtime_checkable
@@ -86,6 +99,14 @@ def n_step_returns(
 def unscaled(actions: Any, low: Any, high: Any) -> Any:
     """Actions between their bounds from those that SB3's off-policy algorithms store, scaled to -1 to 1."""
     return low + 0.5 * (actions + 1) * (high - low)
+
+
+def scaled(actions: NDArray[Any], low: NDArray[Any], high: NDArray[Any]) -> NDArray[np.float32]:
+    """Undo :func:`unscaled`; actions between -1 and 1 stay what they are, bit for bit."""
+    if (low == -1).all() and (high == 1).all():
+        return actions
+    found: NDArray[np.float32] = (2 * (actions - low) / (high - low) - 1).astype(np.float32)
+    return found
 
 
 def fields_of(records: Any, dtype: np.dtype[Any]) -> dict[str, Any]:

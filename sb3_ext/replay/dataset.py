@@ -12,7 +12,15 @@ from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ext.replay.batch import PrioritizedReplayBufferSamples, ReplayHooks, fields_of, n_step_returns, to_device
+from sb3_ext.replay.batch import (
+    OfflineSamples,
+    PrioritizedReplayBufferSamples,
+    ReplayHooks,
+    fields_of,
+    n_step_returns,
+    scaled,
+    to_device,
+)
 from sb3_ext.replay.frames import FrameStore, check_padding_type, gather_stacks
 from sb3_ext.replay.priorities import Priorities
 
@@ -34,6 +42,49 @@ def discounted_returns(
     return returns
 
 
+def _bounded_returns(
+    rewards: NDArray[np.float32],
+    lengths: NDArray[np.int64],
+    terminated: NDArray[np.bool_],
+    gamma: float,
+    bound: np.ufunc,
+) -> NDArray[np.float64]:
+    """
+    Discounted returns ``[N]`` where a cut episode goes on for ever with its mean reward, or 0, whichever is the bound.
+
+    :param bound: ``np.maximum`` or ``np.minimum``
+    """
+    ends = np.cumsum(lengths)
+    remaining = np.repeat(ends, lengths) - np.arange(len(rewards))
+    mean = np.add.reduceat(rewards.astype(np.float64), ends - lengths) / lengths
+    beyond = np.where(terminated, 0, bound(mean, 0)) / max(1 - gamma, 1e-6)
+    returns: NDArray[np.float64] = discounted_returns(rewards, remaining, gamma)
+    return returns + gamma ** remaining.astype(np.float64) * np.repeat(beyond, lengths)
+
+
+def lower_returns(
+    rewards: NDArray[np.float32], lengths: NDArray[np.int64], terminated: NDArray[np.bool_], gamma: float
+) -> NDArray[np.float32]:
+    """
+    Discounted return from every step of all episodes, ``[N]``, as a lower bound of its value.
+
+    Unlike in Cal-QL's paper, an episode that was cut goes on with its mean reward where that is negative: otherwise
+    the return would rise towards the cut. Where it is positive, nothing is added.
+
+    :param rewards: of all episodes, one after the other, ``[N]``
+    :param lengths: steps of each, ``[n_episodes]``
+    :param terminated: whether it ended by itself, ``[n_episodes]``
+    """
+    return _bounded_returns(rewards, lengths, terminated, gamma, np.minimum).astype(np.float32)
+
+
+def scaled_returns(returns: NDArray[np.float32], env: VecNormalize | None) -> NDArray[np.float32]:
+    """Returns in the units of the rewards that ``VecNormalize`` gives now, which it divides by a number."""
+    if env is None or not env.norm_reward:
+        return returns
+    return (returns / np.sqrt(env.ret_rms.var + env.epsilon)).astype(np.float32)
+
+
 class ClippedRewards(ReplayBuffer):
     """Where ``clip_rewards`` is set, each reward is clipped to [-1, 1], before n of them are summed."""
 
@@ -52,7 +103,8 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
 
     Rows are frames: an episode of T steps takes T + 1 rows, the last one being its final observation. Observation
     stacks are rebuilt when a batch is drawn. ``dones`` is 1 for terminations only, so truncated episodes bootstrap.
-    Where the attribute ``clip_rewards`` is set, each reward is clipped to [-1, 1] before n of them are summed.
+    Where the attribute ``clip_rewards`` is set, each reward is clipped to [-1, 1] before n of them are summed. Where
+    ``scale_actions`` is set, batches hold actions scaled from their bounds to [-1, 1].
 
     :param frames: the frames, channel first, ``[N, C, ...]``; for ``Dict`` observations records, ``[N]``, whose fields
         are their entries, see :class:`~sb3_ext.replay.frames.FrameStore`
@@ -114,6 +166,8 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
         self._action_dtype = np.float32 if isinstance(action_space, spaces.Box) else np.int64
         self.rng = np.random.default_rng(seed)
         self.info: dict[str, Any] = {}
+        self.scale_actions = False
+        self._returns_to_go: NDArray[np.float32] | None = None
 
     @property
     def n_episodes(self) -> int:
@@ -143,7 +197,11 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """Draw transitions uniformly with replacement; observations have the dtype they are stored in."""
-        return self._get_samples(self.rng.integers(0, self.buffer_size, size=batch_size), env)
+        indices = self.rng.integers(0, self.buffer_size, size=batch_size)
+        samples = self._get_samples(indices, env)
+        if self._returns_to_go is None:
+            return samples
+        return OfflineSamples(*samples, self._to_go(indices, env))  # type: ignore[return-value]
 
     def _get_samples(self, batch_inds: NDArray[np.int64], env: VecNormalize | None = None) -> ReplayBufferSamples:
         rows = self._rows[batch_inds].astype(np.int64)
@@ -155,7 +213,7 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
             (
                 self._normalized(observations, env),
                 self._normalized(next_observations, env),
-                self.actions[rows].astype(self._action_dtype).reshape(len(rows), -1),
+                self._actions(rows),
                 self.terminated[last].astype(np.float32).reshape(-1, 1),
                 rewards.reshape(-1, 1),
                 None if discounts is None else discounts.reshape(-1, 1),
@@ -163,6 +221,32 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
             self.device,
         )
         return ReplayBufferSamples(observations, actions, next_observations, dones, rewards, discounts)
+
+    def _actions(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        actions = self.actions[rows].astype(self._action_dtype)
+        if self.scale_actions:
+            assert isinstance(self.action_space, spaces.Box)
+            actions = scaled(actions, self.action_space.low, self.action_space.high)
+        return actions.reshape(len(rows), -1)
+
+    def _to_go(self, indices: NDArray[np.int64], env: VecNormalize | None) -> th.Tensor | None:
+        if self._returns_to_go is None:
+            return None
+        there = scaled_returns(self._returns_to_go[indices].reshape(-1, 1), env)
+        return to_device((there,), self.device)[0]  # type: ignore[no-any-return]
+
+    def keep_returns_to_go(self, wanted: bool) -> None:
+        """
+        Let batches hold ``returns_to_go`` from now on, or not.
+
+        They are those of :func:`lower_returns`.
+        """
+        if not wanted:
+            self._returns_to_go = None
+            return
+        rewards = self.rewards[self._rows]
+        rewards = np.clip(rewards, -1, 1) if self.clip_rewards else rewards
+        self._returns_to_go = lower_returns(rewards, self.lengths, self._terminated(), self.gamma)
 
     def _stacks(self, rows: NDArray[np.int64]) -> tuple[Any, Any]:
         if self.frames.dtype.names:
@@ -199,13 +283,13 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
 
     def largest_return(self, gamma: float, rewards: NDArray[np.float32] | None = None) -> float:
         """Largest discounted return; a truncated episode counts as if it had gone on with its mean reward."""
-        returns = self.discounted_returns(gamma, rewards)
-        earned = (self.rewards if rewards is None else rewards)[self._rows].astype(np.float64)
-        ends = np.cumsum(self.lengths)
-        mean = np.add.reduceat(earned, ends - self.lengths) / self.lengths
-        beyond = np.where(self.terminated[self._rows][ends - 1], 0, mean.clip(min=0)) / max(1 - gamma, 1e-6)
-        returns += gamma ** self._left[self._rows].astype(np.float64) * np.repeat(beyond, self.lengths)
-        return float(returns.max())
+        rewards = (self.rewards if rewards is None else rewards)[self._rows]
+        return float(_bounded_returns(rewards, self.lengths, self._terminated(), gamma, np.maximum).max())
+
+    def _terminated(self) -> NDArray[np.bool_]:
+        """Whether each episode ended by itself, ``[n_episodes]``."""
+        found: NDArray[np.bool_] = self.terminated[self._rows[np.cumsum(self.lengths) - 1]]
+        return found
 
     def episode_returns(self) -> NDArray[np.float64]:
         """Undiscounted return of each episode, ``[n_episodes]``."""
@@ -250,7 +334,8 @@ class PrioritizedOfflineReplayBuffer(OfflineReplayBuffer):
         """Draw transitions in proportion to their priorities."""
         indices, weights = self.priorities.draw(batch_size)
         (there,) = to_device((weights.reshape(-1, 1),), self.device)
-        return PrioritizedReplayBufferSamples(*self._get_samples(indices, env), there, indices)
+        samples = self._get_samples(indices, env)
+        return PrioritizedReplayBufferSamples(*samples, there, indices, self._to_go(indices, env))
 
     def weights(self, batch: PrioritizedReplayBufferSamples) -> th.Tensor:
         """See :meth:`~sb3_ext.replay.batch.ReplayHooks.weights`."""

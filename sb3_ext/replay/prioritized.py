@@ -242,7 +242,7 @@ class PrioritizedReplayBuffer(ReplayBuffer, ReplayHooks):
             ),
             self.device,
         )
-        return PrioritizedReplayBufferSamples._make((*tensors, indices))
+        return PrioritizedReplayBufferSamples._make((*tensors, indices, None))
 
     def weights(self, batch: PrioritizedReplayBufferSamples) -> th.Tensor:
         """See :meth:`~sb3_ext.replay.batch.ReplayHooks.weights`."""

@@ -84,7 +84,7 @@ class CQL(ConservativeAlgorithm, sb3_contrib.QRDQN):
     :raises ValueError: if dataset, environment and policy do not fit together, or a number is out of range
     """
 
-    other_actions = " BC clones continuous ones, and GAIL imitates them in the environment."
+    other_actions = " ContinuousCQL learns from Box ones, and BC clones all."
     judged = "q_best"
 
     def __init__(

@@ -127,6 +127,7 @@ class OfflineAlgorithm(BaseAlgorithm):
             )
         if isinstance(dataset, ReplayBuffer):
             buffer = dataset
+            self._check_actions(buffer.action_space, "the dataset")
             self._check_replay_buffer(buffer)
             if not hasattr(self, "policy"):
                 self._check_policy(buffer.observation_space)
@@ -143,7 +144,6 @@ class OfflineAlgorithm(BaseAlgorithm):
                 self._check_policy(stacked_space(source.observation_space, 1))
             kwargs["transforms"] = source.pipeline.names  # with the vocabulary that was found
             buffer = load_minari(dataset, n_steps=self.n_steps, gamma=self.gamma, device=self.device, **kwargs)
-        self._check_actions(buffer.action_space, "the dataset")
         if getattr(self, "observation_space", None) is None:
             self.observation_space, self.action_space, self.n_envs = buffer.observation_space, buffer.action_space, 1
         else:

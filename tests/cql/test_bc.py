@@ -152,5 +152,5 @@ def test_continuous_actions_of_a_minari_dataset(storage: str) -> None:
     np.testing.assert_allclose(batch.actions[:, 0].numpy(), rule, rtol=1e-5)  # as the environment got them
     found = model.predict(batch.observations.numpy(), deterministic=True)[0][:, 0]
     assert np.abs(found - rule).mean() < 0.15
-    with pytest.raises(ValueError, match=r"CQL needs Discrete actions.* BC clones continuous ones"):
+    with pytest.raises(ValueError, match=r"CQL needs Discrete actions.* ContinuousCQL learns from Box ones"):
         CQL("MlpPolicy", dataset)

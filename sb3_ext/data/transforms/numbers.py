@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,14 +15,30 @@ from sb3_ext.data.trees import short_space
 
 
 class ClipActions(Transform):
-    """Actions outside their bounds to the nearest bound, where they are recorded and where they are taken."""
+    """
+    Actions outside their bounds to the nearest bound, where they are recorded and where they are taken.
+
+    :param bounds: the lower and the upper one, for actions that have none or wider ones
+    """
 
     clips_actions = True
+
+    def __init__(self, *bounds: str) -> None:
+        self._words = bounds
+        try:
+            self._given = [float(bound) for bound in bounds]
+        except ValueError:
+            self._given = [math.nan]
+        if self._given and not (len(self._given) == 2 and -math.inf < self._given[0] < self._given[1] < math.inf):
+            raise DatasetError(f"transform {self}: needs two bounds, the lower one first, as in 'clip_actions:-1,1'.")
 
     def bind(self, space: spaces.Space[Any], action_space: spaces.Space[Any]) -> Any:
         """See :meth:`Transform.bind`."""
         if not isinstance(action_space, spaces.Box):
             raise DatasetError(f"transform clip_actions needs Box actions, they are {short_space(action_space)}.")
+        if self._given:
+            low, high = np.maximum(action_space.low, self._given[0]), np.minimum(action_space.high, self._given[1])
+            action_space = spaces.Box(low, high, dtype=action_space.dtype.type)
         self._bounds = action_space.low, action_space.high
         return space, action_space
 
@@ -35,7 +52,7 @@ class ClipActions(Transform):
         return np.clip(action, *self._bounds)
 
     def __str__(self) -> str:
-        return "clip_actions"
+        return f"clip_actions:{','.join(self._words)}" if self._words else "clip_actions"
 
 
 class ChangeReward(Transform):

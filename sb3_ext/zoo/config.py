@@ -38,6 +38,9 @@ BUFFERS = {
 }
 """What ``replay_buffer_class`` may name, and where it is."""
 
+BY_ACTIONS = {"cql": {"Box": "continuous_cql"}}
+"""Algorithms that another one stands in for, by the kind of the dataset's actions."""
+
 _USUAL = AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
@@ -125,6 +128,12 @@ def load_algo(name: str) -> Algo:
         return Algo(name, known[name].load())
     except ImportError as error:
         raise ZooError(f"The algorithm {name!r} cannot be imported: {error}") from error
+
+
+def for_actions(algo: Algo, actions: str | None) -> Algo:
+    """The algorithm that an algorithm's name means for these actions, such as ``"Box"``; itself if that is unknown."""
+    name = BY_ACTIONS.get(algo.name, {}).get(actions or "", algo.name)
+    return algo if name == algo.name else load_algo(name)
 
 
 def plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
-from sb3_ext.zoo.config import Algo, ZooError, load_algo, one_line_errors
+from sb3_ext.zoo.config import BY_ACTIONS, Algo, ZooError, for_actions, load_algo, one_line_errors
 from sb3_ext.zoo.runs import Run, find_run, list_runs, slug
 from sb3_ext.zoo.settings import EnjoySettings
 from sb3_ext.zoo.tasks import Task, check_env_id, find_task, is_atari, make_model_envs, use_threads
@@ -30,7 +30,7 @@ def enjoy(settings: EnjoySettings) -> None:
     if settings.video:
         _check_video(settings.video)
     with one_line_errors():
-        task = _find_task(settings, algo)
+        task, algo = _find_task(settings, algo)
         run = find_run(settings.folder, algo.name, slug(task.name), settings.exp_id)
         path = _choose_model(settings, run)
         set_random_seed(settings.seed)
@@ -75,17 +75,24 @@ def enjoy(settings: EnjoySettings) -> None:
             print(f"No episode ended within {settings.n_timesteps} steps; play more with -n.")
 
 
-def _find_task(settings: EnjoySettings, algo: Algo) -> Task:
-    """Like :func:`find_task`, but an offline agent may also be found by the environment of its dataset."""
+def _find_task(settings: EnjoySettings, algo: Algo) -> tuple[Task, Algo]:
+    """
+    Like :func:`find_task`, but an offline agent may also be found by the environment of its dataset.
+
+    The algorithm is the one that the name means for the dataset's actions.
+    """
     if not algo.offline or settings.dataset or not settings.env:
-        return find_task(settings, algo, download=False)
+        task = find_task(settings, algo, download=False)
+        return task, for_actions(algo, task.actions)
     check_env_id(settings.env)
-    fitting = {run.name for run in list_runs(settings.folder, algo.name) if run.read("args").get("env") == settings.env}
+    meant = [algo, *map(load_algo, BY_ACTIONS.get(algo.name, {}).values())]
+    runs = [(run, one) for one in meant for run in list_runs(settings.folder, one.name)]
+    fitting = {run.name: one for run, one in runs if run.read("args").get("env") == settings.env}
     if len(fitting) > 1:
         names = ", ".join(sorted(fitting))
         raise ZooError(f"There are runs of several datasets of {settings.env}: {names}; pass --dataset.")
-    name = fitting.pop() if fitting else settings.env
-    return Task(name, None, settings.env, settings.env, is_atari(settings.env))
+    name, algo = next(iter(fitting.items()), (settings.env, algo))
+    return Task(name, None, settings.env, settings.env, is_atari(settings.env)), algo
 
 
 def _choose_model(settings: EnjoySettings, run: Run) -> Path:

@@ -37,6 +37,7 @@ class Task:
     env_id: str | None  # from the user or from the dataset's metadata
     atari: bool  # whether that is an Atari game
     here: bool = False  # whether the dataset to learn from is on this machine
+    actions: str | None = None  # kind of its actions, as far as its metadata says it
 
     @property
     def entries(self) -> list[str]:
@@ -93,6 +94,7 @@ def find_task(settings: AgentSettings, algo: Algo, download: bool) -> Task:
         env or spec.get("id"),
         atari if env else "AtariEnv" in str(spec.get("entry_point")),
         here=True,
+        actions=json.loads(metadata.get("action_space") or "{}").get("type"),
     )
 
 

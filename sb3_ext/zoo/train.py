@@ -25,9 +25,11 @@ from tqdm import TqdmExperimentalWarning
 from sb3_ext.data import policy_for
 from sb3_ext.zoo import runs
 from sb3_ext.zoo.config import (
+    BY_ACTIONS,
     Algo,
     Config,
     ZooError,
+    for_actions,
     load_algo,
     one_line_errors,
     parse_overrides,
@@ -74,9 +76,14 @@ def stop_on_signal() -> Iterator[StopOnSignal]:
 def train(settings: TrainSettings, words: list[str]) -> None:
     """Train an agent."""
     algo = load_algo(settings.algo)
+    _check_flags(settings, algo)
+    # what is wrong is said before a dataset is downloaded, unless it decides what is wrong
+    with one_line_errors():
+        algo = for_actions(
+            algo, find_task(settings, algo, download=algo.name in BY_ACTIONS and not settings.dry_run).actions
+        )
     overrides = parse_overrides(algo, settings.hyperparams)
     file, entries = read_entries(algo, settings.conf_file)
-    _check_flags(settings, algo)
     if algo.offline and (settings.transforms or settings.build_env):
         reading = {"transforms": settings.transforms and list(settings.transforms), "build_env": settings.build_env}
         overrides["dataset_kwargs"] = {**overrides.get("dataset_kwargs", {}), **{k: v for k, v in reading.items() if v}}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import minari
 import numpy as np
 import pytest
 
 from sb3_ext import make_eval_env
-from sb3_ext.data import convert_dqn_replay, make_atari_env, verify_dataset, write_dataset
+from sb3_ext.data import Episode, convert_dqn_replay, make_atari_env, verify_dataset, write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,10 +26,12 @@ def recipes_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_catalogue_names_every_recipe_and_every_log() -> None:
-    from ppo_log import LOGS
+    import ppo_log
+    import sac_log
 
+    logs = [*ppo_log.LOGS.values(), *sac_log.LOGS.values()]
     text = (ROOT / "datasets" / "README.md").read_text()
-    for name in [p.name for p in (ROOT / "datasets").glob("*.py")] + [log["id"] for log in LOGS.values()]:
+    for name in [p.name for p in (ROOT / "datasets").glob("*.py")] + [log["id"] for log in logs]:
         assert f"`{name}" in text or f"[{name}]" in text, name
 
 
@@ -154,3 +159,165 @@ def test_agents_play_games_that_are_cut_as_the_players_were(monkeypatch: pytest.
     agents.reset()
     steps = next(n for n in range(1, 100) if agents.step(np.zeros(1, int))[2][0])
     assert steps == 30
+
+
+SMALL_SAC = {"learning_starts": 50, "batch_size": 16, "policy_kwargs": {"net_arch": [8]}}
+
+
+def test_the_same_seed_gives_the_same_log_of_a_sac() -> None:
+    from sac_log import learning_log
+
+    def log(seed: int) -> list[bytes]:
+        return [e.actions.tobytes() for e in learning_log("Pendulum-v1", 90, -np.inf, seed, **SMALL_SAC)]
+
+    first = log(3)
+    assert [len(actions) for actions in first] == [4 * 90]
+    assert first == log(3)
+    assert first != log(4)
+
+
+def test_a_sac_is_logged_with_the_environments_actions() -> None:
+    from sac_log import learning_log
+
+    episode, rest = learning_log("Pendulum-v1", 230, -np.inf, 0, **{**SMALL_SAC, "learning_starts": 190})
+    assert len(rest.rewards) == 30
+    assert not rest.terminated
+    env = gym.make("Pendulum-v1")
+    observation, _ = env.reset(seed=episode.seed)
+    for step in range(200):
+        assert np.array_equal(episode.observations[step], observation)
+        observation, reward, *_ = env.step(episode.actions[step])
+        assert episode.rewards[step] == reward
+    assert 1.5 < np.abs(episode.actions).max() <= 2  # the agent's own are between -1 and 1
+
+
+def test_a_tenth_of_a_log_is_one_of_its_steps() -> None:
+    from sac_log import tenths
+
+    def episode(steps: int, reward: float) -> Episode:
+        return Episode(([], (), ""), np.zeros(steps), np.full(steps, reward), False, None)
+
+    # 20 steps, so that a tenth is 2: the episodes end after 1, 3, 10, 19 and 20
+    log = [episode(1, 5.0), episode(2, 1.0), episode(7, 0.0), episode(9, 1.0), episode(1, 4.0)]
+    nan = float("nan")
+    assert tenths(log) == pytest.approx([5.0, 2.0, nan, nan, nan, 0.0, nan, nan, nan, 6.5], nan_ok=True)
+
+
+@pytest.mark.parametrize(("good", "steps"), [(-1e9, 300), (1e9, 450)])
+def test_a_sac_that_plays_badly_learns_on(monkeypatch: pytest.MonkeyPatch, good: float, steps: int) -> None:
+    pytest.importorskip("mujoco")
+    import sac_log
+
+    monkeypatch.setitem(sac_log.LOGS["Hopper-v5"], "good", good)
+    dataset = sac_log.make_dataset("Hopper-v5", steps=300)
+    assert dataset.id == "mujoco/hopper/medium-replay-v0"
+    report = verify_dataset(dataset)
+    assert report.ok
+    assert dataset.total_steps == steps
+    facts = dataset.storage.metadata
+    assert f"first {steps} steps" in facts["description"]
+    assert facts["seed"] == 7
+    ends = np.cumsum([len(e) for e in dataset])
+    last = [e.rewards.sum() for e, end in zip(dataset, ends, strict=True) if end >= 0.9 * steps]
+    assert facts["mean_return_of_tenths"][-1] == pytest.approx(np.mean(last))
+    assert minari.get_normalized_score(dataset, np.array([-20.272305, 3234.3])) == pytest.approx([0.0, 1.0])
+
+
+def test_a_sac_that_is_stopped_leaves_what_it_logged(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sac_log
+
+    def stop(progress: sac_log.Progress) -> bool:
+        if progress.num_timesteps == 40:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    monkeypatch.setattr(sac_log.Progress, "_on_step", stop)
+    monkeypatch.setattr(sys, "argv", ["sac_log.py", "--id", "pendulum/stopped-v0", "--seed", "3"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        sac_log.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "stopped at step 40" in capsys.readouterr().out
+    dataset = minari.load_dataset("pendulum/stopped-v0")
+    assert dataset.total_steps == 40
+    assert dataset.storage.metadata["seed"] == 3
+    assert verify_dataset(dataset).ok
+    with pytest.raises(ValueError, match="exists"):  # before hours of learning
+        sac_log.main()
+
+
+def test_the_way_through_the_maze_is_the_shortest() -> None:
+    pytest.importorskip("gymnasium_robotics")
+    from pointmaze_waypoints import first_steps
+
+    # a square of four cells with a tail, and a cell that cannot be reached
+    free = {(0, 0), (0, 1), (1, 0), (1, 1), (2, 1), (5, 5)}
+    steps = first_steps(free, (2, 1))
+    assert steps == {(2, 1): (2, 1), (1, 1): (2, 1), (0, 1): (1, 1), (1, 0): (1, 1), (0, 0): steps[0, 0]}
+    assert steps[0, 0] in {(0, 1), (1, 0)}
+
+
+def _maze() -> gym.Env:
+    gym.register_envs(pytest.importorskip("gymnasium_robotics"))
+    env = gym.make("PointMaze_UMaze-v3", continuing_task=False)
+    env.reset(seed=0)
+    return env
+
+
+def test_the_point_is_pushed_to_the_next_cell_and_held_back_by_its_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = _maze()
+    import pointmaze_waypoints as recipe
+
+    monkeypatch.setattr(recipe, "DETOUR", 0.0)
+    push = recipe.noisy_waypoints(env, 0.0, 0.0, 0)
+    # cell (1, 1) has its centre at (-1, 1); the way to (3, 1) starts to the right
+    seen = {"observation": np.array([-1.0, 1.0, 0.1, 0.2]), "achieved_goal": np.array([-1.0, 1.0])}
+    assert push({**seen, "desired_goal": np.array([-1.1, -1.0])}) == pytest.approx([1.0, -0.4])  # 5 - 0.2, clipped
+    # in the goal's cell it goes to the goal itself: 5 * 0.1 - 2 * 0.1 and 5 * -0.1 - 2 * 0.2
+    assert push({**seen, "desired_goal": np.array([-0.9, 0.9])}) == pytest.approx([0.3, -0.9])
+
+
+def test_wanderers_and_detours_take_no_notice_of_the_goal(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = _maze()
+    import pointmaze_waypoints as recipe
+
+    seen = {"observation": np.array([1.0, 0.0, 0.0, 0.0]), "achieved_goal": np.array([1.0, 0.0])}  # the middle cell
+    up, down = ({**seen, "desired_goal": np.array([-1.0, y])} for y in (1.0, -1.0))
+
+    def share_that_notices(wander: float, detour: float) -> float:
+        monkeypatch.setattr(recipe, "DETOUR", detour)
+        pushes = [
+            [recipe.noisy_waypoints(env, wander, 0.0, seed)(goal).tolist() for goal in (up, down)] for seed in range(70)
+        ]
+        return float(np.mean([first != second for first, second in pushes]))
+
+    assert share_that_notices(0.0, 0.0) == 1
+    assert share_that_notices(1.0, 0.0) == 0
+    # the detour's cell is one of seven, and the point is already in one of these
+    assert share_that_notices(0.0, 1.0) == pytest.approx(1 / 7, abs=0.1)
+
+
+def test_a_maze_ends_at_its_goal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    env = _maze()
+    import pointmaze_waypoints
+
+    words = ["pointmaze_waypoints.py", "--episodes", "8", "--wander", "0.5", "--id", "pointmaze/few-v0"]
+    monkeypatch.setattr(sys, "argv", words)
+    pointmaze_waypoints.main()
+    dataset = minari.load_dataset("pointmaze/few-v0")
+    assert verify_dataset(dataset).ok
+    goals = [bool(e.terminations[-1]) for e in dataset]
+    assert 0 < sum(goals) < 8
+    for goal, episode in zip(goals, dataset, strict=True):
+        assert episode.rewards.tolist() == [0.0] * (len(episode.rewards) - 1) + [float(goal)]
+        assert goal or len(episode.rewards) == 300
+        assert set(episode.observations) == {"observation", "achieved_goal", "desired_goal"}
+        assert np.array_equal(episode.observations["achieved_goal"], episode.observations["observation"][:, :2])
+        assert len(np.unique(episode.observations["desired_goal"], axis=0)) == 1
+    assert dataset.storage.metadata["success_rate"] == sum(goals) / 8
+    assert f"8 episodes, {dataset.total_steps} steps, {sum(goals) / 8:.1%} successful" in capsys.readouterr().out
+    rebuilt = dataset.recover_environment()
+    assert rebuilt.unwrapped.continuing_task is env.unwrapped.continuing_task is False

@@ -9,11 +9,12 @@ import minari
 import numpy as np
 import pytest
 import torch as th
+import gymnasium as gym
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ext import CQL, EfficientZeroV2, load_minari
+from sb3_ext import CQL, ContinuousCQL, EfficientZeroV2, load_minari, record
 from sb3_ext.cuda_graphs import GraphedLoss
 from sb3_ext.data import StackFrames, make_atari_env
 from sb3_ext.efficientzero.gaussian import root_samples
@@ -274,6 +275,23 @@ def test_graphed_offline_learning_equals_the_eager_one(breakout: minari.MinariDa
     for cuda_graphs in (True, False):
         model = CQL("CnnPolicy", breakout, seed=0, device="cuda", batch_size=8, cuda_graphs=cuda_graphs).learn(30)
         assert bool(model._graphed_loss.graphs) == cuda_graphs
+        found.append([p.detach().clone() for p in model.policy.parameters()])
+    for one, other in zip(*found, strict=True):
+        th.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "settings", [{}, {"calibrated": True, "n_steps": 2}, {"target_action_gap": 1.0, "bc_steps": 10}], ids=str
+)
+def test_graphed_continuous_learning_equals_the_eager_one(settings: dict[str, Any]) -> None:
+    env = gym.make("Pendulum-v1", max_episode_steps=50)
+    data, found = record(None, env, "pendulum/graphed-v0", n_steps=200, overwrite=True), []
+    for cuda_graphs in (True, False):
+        model = ContinuousCQL(
+            "MlpPolicy", data, seed=0, device="cuda", batch_size=32, cuda_graphs=cuda_graphs, **settings
+        ).learn(30)
+        assert bool(model._graphed_critic.graphs) == bool(model._graphed_actor.graphs) == cuda_graphs
         found.append([p.detach().clone() for p in model.policy.parameters()])
     for one, other in zip(*found, strict=True):
         th.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)

@@ -3,13 +3,14 @@
 import importlib.util
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from gymnasium import spaces
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from sb3_ext import BC, CQL, load_minari, make_eval_env
+from sb3_ext import BC, CQL, ContinuousCQL, load_minari, make_eval_env
 from sb3_ext.data import dataset_spaces, policy_for, sample_transitions, show_dataset, verify_dataset
 from sb3_ext.data.envs import stacked_space
 from tests.data.families import FAMILIES, Family, make
@@ -20,8 +21,13 @@ pytestmark = pytest.mark.filterwarnings(
 BY_ID = [pytest.param(family, id=family.id) for family in FAMILIES]
 
 
-def algorithms(family: Family) -> list[type[BC] | type[CQL]]:
-    return [BC, CQL] if isinstance(family.actions, spaces.Discrete) else [BC]
+def algorithms(family: Family) -> list[tuple[type[BC] | type[CQL] | type[ContinuousCQL], dict[str, Any]]]:
+    """Those that learn from its actions, with settings that save time."""
+    if isinstance(family.actions, spaces.Discrete):
+        return [(BC, {}), (CQL, {})]
+    if isinstance(family.actions, spaces.Box):
+        return [(BC, {}), (ContinuousCQL, {"batch_size": 16, "cql_n_actions": 2, "policy_kwargs": {"net_arch": [32]}})]
+    return [(BC, {})]
 
 
 @pytest.mark.parametrize("family", BY_ID)
@@ -47,11 +53,11 @@ def test_a_family_is_loaded_verified_shown_and_sampled(family: Family, tmp_path:
 @pytest.mark.parametrize("family", BY_ID)
 def test_a_family_trains_saves_loads_and_predicts(family: Family, tmp_path: Path) -> None:
     dataset, kwargs = make(family), {"transforms": family.transforms, "storage": "ram"}
-    for algorithm in algorithms(family):
+    for algorithm, settings in algorithms(family):
         observation_space, _ = dataset_spaces(dataset, family.transforms)
         policy = policy_for(observation_space)
         steps = 20 if policy == "CnnPolicy" else 200
-        model = algorithm(policy, dataset, seed=0, device="cpu", dataset_kwargs=kwargs).learn(steps)
+        model = algorithm(policy, dataset, seed=0, device="cpu", dataset_kwargs=kwargs, **settings).learn(steps)
         model.save(tmp_path / "model")
         again = algorithm.load(tmp_path / "model", device="cpu")
         again.set_dataset(dataset)

@@ -9,7 +9,7 @@ import minari
 import pytest
 from gymnasium import spaces
 
-from sb3_ext import record
+from sb3_ext import ContinuousCQL, record
 from sb3_ext.zoo.config import load_algo
 from sb3_ext.zoo.main import main
 from sb3_ext.zoo.runs import list_runs
@@ -34,7 +34,7 @@ def test_mistakes_in_names(here: Path, capsys: pytest.CaptureFixture[str], monke
         return main(["train", *words, "-n", "10"])
 
     monkeypatch.setattr(minari, "download_dataset", download)
-    known = "known: bc, cql, dqn, efficientzero, gail, qrdqn"
+    known = "known: bc, continuous_cql, cql, dqn, efficientzero, gail, qrdqn, sac"
     fails(capsys, run("--algo", "clq", "--dataset", DATASET), f"Unknown algorithm 'clq'; {known}")
     fails(capsys, run("--algo", "cql", "--dataset", "cartpole/randm-v0"), "could not be downloaded", DATASET)
     fails(capsys, run("--algo", "cql", "--dataset", "CartPole-v1"), "is an environment, not a dataset")
@@ -55,10 +55,20 @@ def test_mistakes_in_names(here: Path, capsys: pytest.CaptureFixture[str], monke
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_continuous_actions(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cql_on_continuous_actions(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(here / "datasets"))
     env = gym.make("Pendulum-v1", max_episode_steps=10)
     assert isinstance(env.action_space, spaces.Box)
-    record(None, env, "pendulum/random-v0", n_episodes=1)
-    fails(capsys, main(["train", "--algo", "cql", "--dataset", "pendulum/random-v0"]), "pendulum/random-v0", "Discrete")
+    record(None, env, "pendulum/random-v0", n_episodes=5)
+    words = ["train", "--algo", "cql", "--dataset", "pendulum/random-v0", "-n", "4", "--device", "cpu"]
+    fails(capsys, main([*words, "-params", "double_q:True"]), "continuous_cql has no setting 'double_q'")
+    settings = ["batch_size:8", "cql_n_actions:2", "policy_kwargs:{net_arch: [8]}"]
+    assert main([*words, "-params", *settings]) == 0
     assert list_runs("logs", "cql") == []
+    (run,) = list_runs("logs", "continuous_cql")
+    assert isinstance(ContinuousCQL.load(run.final, device="cpu"), ContinuousCQL)
+    for source in (["--dataset", "pendulum/random-v0"], ["--env", "Pendulum-v1"]):
+        assert main(["enjoy", "--algo", "cql", *source, "-n", "20", "--device", "cpu"]) == 0
+        assert str(run.final) in capsys.readouterr().out

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from speed import blocks
@@ -35,7 +36,8 @@ OURS = {
     "bare loop": "bare",
     "bare loop, torch.compile": "bare_compile",
 }
-GOALS = (  # what, slower, faster, goal, at least
+Goals = Sequence[tuple[str, str, str, float, bool]]
+GOALS: Goals = (  # what, slower, faster, goal, at least
     ("ours is x times as fast as d3rlpy", "d3rlpy", "ours, mmap", 2.7, True),
     ("ours is x times as fast as tianshou", "tianshou", "ours, mmap", 1.6, True),
     ("ours takes x times as long as the bare loop", "ours, mmap", "bare loop", 1.10, False),
@@ -91,10 +93,10 @@ def main() -> None:
     )
 
 
-def summary(contestants: dict[str, blocks.Contestant]) -> dict[str, dict[str, float]]:
+def summary(contestants: dict[str, blocks.Contestant], goals: Goals = GOALS) -> dict[str, dict[str, float]]:
     """Figures of the goals: median ratio, quartiles, goal."""
     result = {}
-    for what, slow, fast, goal, _ in GOALS:
+    for what, slow, fast, goal, _ in goals:
         if slow in contestants and fast in contestants:
             values = blocks.ratios(contestants[slow], contestants[fast])
             if not values:
@@ -111,9 +113,18 @@ def summary(contestants: dict[str, blocks.Contestant]) -> dict[str, dict[str, fl
     return result
 
 
-def report(contestants: dict[str, blocks.Contestant], threads: int) -> None:
-    """Print the tables."""
-    reference = contestants.get("ours, mmap")
+def report(
+    contestants: dict[str, blocks.Contestant], threads: int, goals: Goals = GOALS, against: str = "ours, mmap"
+) -> None:
+    """
+    Print the tables.
+
+    :param contestants: what was measured
+    :param threads: of each
+    :param goals: see ``GOALS``
+    :param against: the contestant by whose time the others' are divided
+    """
+    reference = contestants.get(against)
     rows = []
     for name, contestant in contestants.items():
         times = contestant.per_step()
@@ -121,7 +132,7 @@ def report(contestants: dict[str, blocks.Contestant], threads: int) -> None:
             rows.append([name, f"not available: {(contestant.error or 'no block')[:60]}", "", "", "", "", ""])
             continue
         low, high = blocks.spread(times)
-        against = blocks.middle(blocks.ratios(contestant, reference)) if reference else float("nan")
+        ratio = blocks.middle(blocks.ratios(contestant, reference)) if reference else float("nan")
         cpu = blocks.middle([b["cpu_seconds"] / b["steps"] for b in contestant.blocks])
         rows.append(
             [
@@ -130,16 +141,16 @@ def report(contestants: dict[str, blocks.Contestant], threads: int) -> None:
                 f"{1e3 * blocks.middle(times):.1f}",
                 f"{1e3 * low:.1f} to {1e3 * high:.1f}",
                 f"{1e3 * cpu:.1f}",
-                f"{against:.2f}",
+                f"{ratio:.2f}",
                 f"{blocks.middle([b['other_load'] for b in contestant.blocks]):.0%}",
             ]
         )
     print(f"\n{threads} threads, CPU, fp32 unless said otherwise\n")
-    header = ["", "steps/s", "ms/step", "quartiles", "CPU ms/step", "time / ours, mmap", "others"]
+    header = ["", "steps/s", "ms/step", "quartiles", "CPU ms/step", f"time / {against}", "others"]
     print(blocks.table(header, rows))
     rows = []
-    figures = summary(contestants)
-    for what, _, _, goal, at_least in GOALS:
+    figures = summary(contestants, goals)
+    for what, _, _, goal, at_least in goals:
         if what in figures:
             f = figures[what]
             bound = f"{'>=' if at_least else '<='} {goal:g}"

@@ -130,10 +130,15 @@ def learner(start: dict[str, th.Tensor] | None, **settings: Any) -> Any:
         for name, layer in linears(modules).items():
             for part in ("weight", "bias"):
                 value = getattr(layer, part)
-                # wider than nn.Linear's, so that values and gradients differ from action to action
-                value.copy_(
-                    2 * th.randn_like(value) / value.shape[-1] ** 0.5 if start is None else start[f"{name}.{part}"]
-                )
+                if start is not None:
+                    value.copy_(start[f"{name}.{part}"])
+                    continue
+                # critics wider than nn.Linear's, so that actions differ in value; a policy that is far from the bounds,
+                # where formulas for the log-density that are equal on paper part
+                scale = 0.7 if name.startswith("policy") else 2.0
+                value.copy_(scale * th.randn_like(value) / value.shape[-1] ** 0.5)
+        if start is None:
+            modules.policy._logstd.bias.fill_(-1.0)
         next(modules.log_temp.parameters()).fill_(LOG_TEMP)
         if settings.get("alpha_learning_rate"):
             next(modules.log_alpha.parameters()).fill_(LOG_ALPHA)
@@ -215,7 +220,7 @@ def actor_step(impl: Any, batch: TorchMiniBatch) -> Arrays:
 
 def main() -> None:
     """Write the file."""
-    d3rlpy.seed(1)
+    d3rlpy.seed(0)
     th.set_num_threads(1)
     fields = {
         "observations": th.randn(BATCH, OBSERVATION),

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sb3_ext.dqn import DQN, QRDQN
     from sb3_ext.efficientzero import EfficientZeroV2
     from sb3_ext.gail import GAIL as GAIL
+    from sb3_ext.ope import FQE, OfflineEvalCallback, split_dataset
     from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
 
 __version__ = "0.1.0"
@@ -16,27 +17,33 @@ __all__ = [
     "BC",
     "CQL",
     "DQN",
+    "FQE",
     "QRDQN",
     "EfficientZeroV2",
+    "OfflineEvalCallback",
     "PrioritizedReplayBuffer",
     "load_minari",
     "make_eval_env",
     "record",
+    "split_dataset",
 ]
 
 _HOMES = {
     "BC": "cql",
     "CQL": "cql",
     "DQN": "dqn",
+    "FQE": "ope",
     "GAIL": "gail",  # not in __all__: it needs a library that nothing else needs
     "QRDQN": "dqn",
     "EfficientZeroV2": "efficientzero",
+    "OfflineEvalCallback": "ope",
     "PrioritizedReplayBuffer": "replay.prioritized",
     "load_minari": "data",
     "make_eval_env": "data",
     "record": "data",
+    "split_dataset": "ope",
 }
-_PACKAGES = ("cql", "data", "dqn", "efficientzero", "gail", "replay", "search", "zoo")
+_PACKAGES = ("cql", "data", "dqn", "efficientzero", "gail", "ope", "replay", "search", "zoo")
 
 
 def __getattr__(name: str) -> Any:

@@ -160,6 +160,8 @@ def test_an_episode_that_ends_is_worth_at_least_one_reward(cartpole: minari.Mina
     model = FQE("MlpPolicy", cartpole, BC("MlpPolicy", cartpole, device="cpu"), device="cpu")
     assert (model.lowest_return, model.highest_return) == pytest.approx((1, 100))
     assert model.gamma == 0.99
+    endless = FQE("MlpPolicy", cartpole, BC("MlpPolicy", cartpole, device="cpu"), gamma=1, device="cpu")
+    assert (endless.lowest_return, endless.highest_return) == (1, np.inf)
 
 
 def test_seeds_saving_and_going_on(tabular: minari.MinariDataset, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ class FQE(OfflineAlgorithm):
         model: BaseAlgorithm | None = None,
         env: GymEnv | str | None = None,
         learning_rate: float | Schedule = 3e-4,
-        batch_size: int = 256,
+        batch_size: int = 128,
         tau: float = 0.05,
         gamma: float | None = None,
         target_update_interval: int = 1,
@@ -245,7 +245,7 @@ class FQE(OfflineAlgorithm):
         metrics = {"td_loss": (error**2).mean(), "q_data": values.mean()}
         return LossOutput((error / self.return_std) ** 2, error, metrics)
 
-    def train(self, gradient_steps: int, batch_size: int = 256) -> None:
+    def train(self, gradient_steps: int, batch_size: int = 128) -> None:
         """
         Run ``gradient_steps`` gradient steps on batches of ``batch_size`` samples.
 

@@ -115,8 +115,11 @@ def test_a_linear_policy_is_worth_what_its_riccati_equation_says(linear: minari.
         agent.policy.action_net.bias.zero_()
     quadratic = (1 + COST * GAIN**2) / (1 - 0.9 * (A + B * GAIN) ** 2)
     true = -(quadratic * first_states(linear) ** 2 + 0.9 / 0.1 * quadratic * NOISE**2)
-    estimate = FQE("MlpPolicy", linear, agent, seed=0, **FAST).learn(1600).initial_value()
-    assert estimate.mean == pytest.approx(true.mean(), rel=0.1)
+    model = FQE("MlpPolicy", linear, agent, seed=0, **FAST).learn(1200)
+    estimate = model.initial_value()
+    # errors of a step add up over ten steps; what the data's own policy is worth is 0.6 away
+    assert estimate.mean == pytest.approx(true.mean(), abs=0.12 * model.return_std)
+    assert abs(model.return_mean - true.mean()) > 0.5 * model.return_std
     assert estimate.standard_error == pytest.approx(true.std(ddof=1) / len(true) ** 0.5, rel=0.2)
 
 
@@ -129,7 +132,7 @@ def test_an_actor_is_worth_what_simulation_says(linear: minari.MinariDataset) ->
         actions = agent.predict(states[:, None].astype(np.float32), deterministic=True)[0][:, 0]
         total += 0.9**step * -(states**2 + COST * actions**2).mean()
         states = A * states + B * actions + NOISE * rng.normal(size=len(states))
-    model = FQE("MlpPolicy", linear, agent, seed=0, **FAST).learn(1600)
+    model = FQE("MlpPolicy", linear, agent, seed=0, **FAST).learn(1200)
     assert model.initial_value().mean == pytest.approx(total, rel=0.1)
     assert abs(total - model.return_mean) > 0.2 * abs(total), "that the policy is another one matters"
 

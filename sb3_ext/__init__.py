@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sb3_ext.dqn import DQN, QRDQN
     from sb3_ext.efficientzero import EfficientZeroV2
     from sb3_ext.gail import GAIL as GAIL
+    from sb3_ext.ope import FQE, OfflineEvalCallback, split_dataset
     from sb3_ext.replay.prioritized import PrioritizedReplayBuffer
     from sb3_ext.sac import SAC
 
@@ -17,14 +18,17 @@ __all__ = [
     "BC",
     "CQL",
     "DQN",
+    "FQE",
     "QRDQN",
     "SAC",
     "ContinuousCQL",
     "EfficientZeroV2",
+    "OfflineEvalCallback",
     "PrioritizedReplayBuffer",
     "load_minari",
     "make_eval_env",
     "record",
+    "split_dataset",
 ]
 
 _HOMES = {
@@ -32,16 +36,19 @@ _HOMES = {
     "CQL": "cql",
     "ContinuousCQL": "cql",
     "DQN": "dqn",
+    "FQE": "ope",
     "GAIL": "gail",  # not in __all__: it needs a library that nothing else needs
     "QRDQN": "dqn",
     "SAC": "sac",
     "EfficientZeroV2": "efficientzero",
+    "OfflineEvalCallback": "ope",
     "PrioritizedReplayBuffer": "replay.prioritized",
     "load_minari": "data",
     "make_eval_env": "data",
     "record": "data",
+    "split_dataset": "ope",
 }
-_PACKAGES = ("cql", "data", "dqn", "efficientzero", "gail", "replay", "sac", "search", "zoo")
+_PACKAGES = ("cql", "data", "dqn", "efficientzero", "gail", "ope", "replay", "sac", "search", "zoo")
 
 
 def __getattr__(name: str) -> Any:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import minari
 import numpy as np
 import pytest
 import torch as th
-import gymnasium as gym
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ext import CQL, ContinuousCQL, EfficientZeroV2, load_minari, record
+from sb3_ext import CQL, FQE, ContinuousCQL, EfficientZeroV2, OfflineEvalCallback, load_minari, record
 from sb3_ext.cuda_graphs import GraphedLoss
 from sb3_ext.data import StackFrames, make_atari_env
 from sb3_ext.efficientzero.gaussian import root_samples
@@ -322,3 +322,12 @@ def test_every_learn_records_the_coefficients_of_then(breakout: minari.MinariDat
     th.testing.assert_close(model.compute_loss(batch).loss, before)  # within one learn() they are graphed
     model.learn(10, reset_num_timesteps=False)
     assert (model._loss(batch).loss - model.compute_loss(batch).loss).abs().max().item() < 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("other", DEVICES)
+def test_offline_evaluation_on_another_device(device: str, other: str, cartpole: minari.MinariDataset) -> None:
+    callback = OfflineEvalCallback(cartpole, eval_freq=3, fqe_steps=2, verbose=0)
+    model = CQL("MlpPolicy", cartpole, device=device, seed=0).learn(3, callback=callback)
+    assert all(np.isfinite(scores).all() for scores in callback.evaluations.values())
+    assert np.isfinite(FQE("MlpPolicy", cartpole, model, device=other).learn(2).initial_value().mean)

@@ -64,6 +64,7 @@ BELOW = {
         ),
     },
     "gail": {"arguments", "replay", "losses", "saving", "normalize", "threads", "data"},
+    "ope": {"arguments", "cql", "data", "files", "losses", "off_policy", "replay", "saving"},
 }
 """What each part of the house may import besides itself."""
 

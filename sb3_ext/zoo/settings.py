@@ -33,6 +33,9 @@ class TrainSettings(AgentSettings):
     eval_freq: int | None = None
     eval_episodes: int = 5
     n_eval_envs: int = 1
+    validation: float | None = None
+    validation_freq: int | None = None
+    validation_criterion: str | None = None
     save_freq: int = -1
     save_replay_buffer: bool = False
     log_interval: int = -1

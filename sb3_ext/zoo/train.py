@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import minari
 import numpy as np
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -22,6 +23,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import TqdmExperimentalWarning
 
+from sb3_ext import OfflineEvalCallback, split_dataset
 from sb3_ext.data import policy_for
 from sb3_ext.zoo import runs
 from sb3_ext.zoo.config import (
@@ -114,8 +116,9 @@ def train(settings: TrainSettings, words: list[str]) -> None:
     with ExitStack() as envs:
         try:
             with one_line_errors():
-                model = _build_model(settings, algo, task, config, run, start, envs)
-                callbacks = _callbacks(settings, model, task, config, run, envs)
+                data, held_out = _split(settings, task)
+                model = _build_model(settings, algo, task, config, run, start, envs, data)
+                callbacks = _callbacks(settings, model, task, config, run, envs, held_out)
                 run.write_start(replace(settings, dataset=task.dataset, env=task.env_id), config.hyperparams, words)
         except BaseException:
             envs.close()
@@ -134,12 +137,27 @@ def _check_flags(settings: TrainSettings, algo: Algo) -> None:
         raise ZooError(f"--trained-agent: {settings.trained_agent} is not a saved model (a .zip file).")
     if algo.imitates and not settings.dataset:
         raise ZooError(f"{algo.name} learns from demonstrations: pass --dataset ID as well.")
+    _check_validation(settings, algo)
     if settings.save_replay_buffer and algo.offline:
         raise ZooError(f"--save-replay-buffer: {algo.name} learns from a dataset, which is not saved again.")
     if settings.save_replay_buffer and not algo.replays:
         raise ZooError(f"--save-replay-buffer: {algo.name} keeps no replay buffer.")
     if settings.tensorboard_log and find_spec("tensorboard") is None:
         raise ZooError('--tensorboard-log needs: pip install "sb3-ext[report]"')
+
+
+def _check_validation(settings: TrainSettings, algo: Algo) -> None:
+    if settings.validation is None:
+        for flag in ("validation_freq", "validation_criterion"):
+            if getattr(settings, flag) is not None:
+                raise ZooError(f"--{flag.replace('_', '-')} needs --validation SHARE, for instance --validation 0.1.")
+        return
+    if not algo.offline:
+        raise ZooError(f"--validation: {algo.name} learns in an environment, which evaluates it (--eval-freq).")
+    if not 0 < settings.validation < 1:
+        raise ZooError(f"--validation must be between 0 and 1, without them, got {settings.validation}.")
+    if settings.validation_freq is not None and settings.validation_freq < 1:
+        raise ZooError(f"--validation-freq must be at least 1, got {settings.validation_freq}.")
 
 
 def _find_start(settings: TrainSettings, algo: Algo, config: Config, name: str) -> tuple[Run | None, Path | None, int]:
@@ -161,6 +179,9 @@ def _find_start(settings: TrainSettings, algo: Algo, config: Config, name: str) 
     dataset = flags.get("dataset", settings.dataset)
     if algo.imitates and dataset != settings.dataset:  # the others' runs have the dataset's name
         raise ZooError(f"{started} the dataset {dataset}, not {settings.dataset}; {anew}")
+    share = flags.get("validation", settings.validation)
+    if share != settings.validation:
+        raise ZooError(f"{started} --validation {share}, not {settings.validation}; {anew}")
     seed = flags.get("seed", settings.seed)
     if settings.seed not in (-1, seed):
         raise ZooError(f"{started} seed {seed}, not {settings.seed}; {anew}")
@@ -174,10 +195,10 @@ def _eval_freq(settings: TrainSettings, algo: Algo) -> int:
         return max(settings.eval_freq, 0)
     if not algo.offline or settings.env:
         return EVAL_FREQ
-    if settings.verbose > 0 and not settings.dry_run:
+    if settings.verbose > 0 and not settings.dry_run and settings.validation is None:
         print(
             "No evaluation: it would run the environment that the dataset's metadata names. "
-            "Pass --eval-freq N or --env ID to evaluate."
+            "Pass --eval-freq N or --env ID to evaluate there, or --validation 0.1 to evaluate on held-out episodes."
         )
     return 0
 
@@ -192,6 +213,8 @@ def _print_plan(settings: TrainSettings, task: Task, config: Config, start: Path
         "run": str(Path(settings.log_folder) / settings.algo / slug(task.name)) + "_<number>",
         "start_from": str(start) if start else None,
         "eval_freq": settings.eval_freq,
+        "validation": settings.validation,
+        "validation_freq": _validation_freq(settings, config),
         "save_freq": _save_freq(settings, config),
         "hyperparams": config.hyperparams,
     }
@@ -204,8 +227,32 @@ def _save_freq(settings: TrainSettings, config: Config) -> int:
     return max(config.n_timesteps // 20, 1)
 
 
+def _validation_freq(settings: TrainSettings, config: Config) -> int:
+    """Steps between evaluations on held-out episodes, 0 for none."""
+    if settings.validation is None:
+        return 0
+    return settings.validation_freq or max(config.n_timesteps // 20, 1)
+
+
+def _split(
+    settings: TrainSettings, task: Task
+) -> tuple[str | minari.MinariDataset | None, minari.MinariDataset | None]:
+    """Data to learn from, and held-out episodes if there are any: the same ones in all runs, whatever their seed."""
+    if settings.validation is None:
+        return task.dataset, None
+    assert task.dataset is not None
+    return split_dataset(task.dataset, settings.validation, build_env=settings.build_env)
+
+
 def _build_model(
-    settings: TrainSettings, algo: Algo, task: Task, config: Config, run: Run, start: Path | None, envs: ExitStack
+    settings: TrainSettings,
+    algo: Algo,
+    task: Task,
+    config: Config,
+    run: Run,
+    start: Path | None,
+    envs: ExitStack,
+    dataset: str | minari.MinariDataset | None,
 ) -> BaseAlgorithm:
     env: VecEnv | None = None
     arguments = dict(config.arguments)
@@ -226,7 +273,7 @@ def _build_model(
     board = os.path.join(settings.tensorboard_log, slug(task.name)) if settings.tensorboard_log else None
     common: dict[str, Any] = {"tensorboard_log": board, "verbose": settings.verbose, "device": settings.device}
     if start is None:
-        data: dict[str, Any] = {"dataset": task.dataset} if algo.offline else {"env": env}
+        data: dict[str, Any] = {"dataset": dataset} if algo.offline else {"env": env}
         if algo.imitates:
             data["demonstrations"] = task.dataset
         return algo.cls(**arguments, **data, **common, seed=settings.seed)
@@ -237,7 +284,7 @@ def _build_model(
         common |= {k: v for k, v in arguments.items() if k not in ("policy", "policy_kwargs")} | {"seed": settings.seed}
     model: Any = algo.cls.load(start, env=env, **common)
     if algo.offline:
-        model.set_dataset(task.dataset)
+        model.set_dataset(dataset)
     elif algo.imitates:
         model.set_demonstrations(task.dataset)
     elif (buffer := runs.replay_buffer_of(start)).is_file():
@@ -248,7 +295,13 @@ def _build_model(
 
 
 def _callbacks(
-    settings: TrainSettings, model: BaseAlgorithm, task: Task, config: Config, run: Run, envs: ExitStack
+    settings: TrainSettings,
+    model: BaseAlgorithm,
+    task: Task,
+    config: Config,
+    run: Run,
+    envs: ExitStack,
+    held_out: minari.MinariDataset | None,
 ) -> list[BaseCallback]:
     folder = str(run.path)
     callbacks: list[BaseCallback] = []
@@ -278,6 +331,20 @@ def _callbacks(
         if settings.resume:
             runs.continue_evaluations(evaluation, run.path / "evaluations.npz", model.num_timesteps)
         callbacks.append(evaluation)
+    if held_out is not None:
+        validation = OfflineEvalCallback(
+            held_out,
+            eval_freq=_validation_freq(settings, config),
+            criterion=settings.validation_criterion,
+            log_path=folder,
+            # returns in the environment choose the best model where there are some
+            best_model_save_path=None if settings.eval_freq else folder,
+            verbose=min(settings.verbose, 1),
+        )
+        if settings.resume:
+            validation.continue_from(model.num_timesteps)
+        validation.init_callback(model)  # what does not fit is said before training
+        callbacks.append(validation)
     if settings.resume:
         for callback in callbacks:  # save and evaluate at the same steps as without the interruption
             callback.n_calls = model.num_timesteps // config.n_envs

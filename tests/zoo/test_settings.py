@@ -29,7 +29,8 @@ LINES: list[tuple[str, Settings]] = [
     (
         "train --algo a --env E --dataset d -f logs2 --device cpu --num-threads 2 -P --verbose 2 -n 1e3 -tb board "
         "--seed 3 --eval-freq 2e2 --eval-episodes 4 --n-eval-envs 6 --save-freq 7 --save-replay-buffer "
-        "--log-interval 8 --resume -params x:1 y:2 -conf c.yml -uuid --dry-run --transforms grey resize:84 --build-env",
+        "--log-interval 8 --resume -params x:1 y:2 -conf c.yml -uuid --dry-run --transforms grey resize:84 --build-env "
+        "--validation 0.2 --validation-freq 1e2 --validation-criterion fqe",
         TrainSettings(
             algo="a",
             env="E",
@@ -55,6 +56,9 @@ LINES: list[tuple[str, Settings]] = [
             dry_run=True,
             transforms=["grey", "resize:84"],
             build_env=True,
+            validation=0.2,
+            validation_freq=100,
+            validation_criterion="fqe",
         ),
     ),
     ("train --algo a -i model.zip", TrainSettings(algo="a", trained_agent="model.zip")),

@@ -649,7 +649,7 @@ CHANGES = {
         {
             *("dataset", "actor_learning_rate", "max_grad_norm", "cql_alpha", "cql_n_actions", "target_action_gap"),
             *("soft_q_backup", "max_q_backup", "calibrated", "bc_steps", "clip_rewards", "dataset_kwargs"),
-            "cuda_graphs",
+            *("bf16", "cuda_graphs"),
         },
         # the dataset decides how it is stored
         {

@@ -81,6 +81,7 @@ class ContinuousCQL(ConservativeAlgorithm, SAC):
     :param clip_rewards: clip each reward to [-1, 1]
     :param dataset_kwargs: further arguments of :func:`~sb3_ext.data.load_minari`: ``transforms``, ``subset``,
         ``storage``, ``prioritized``, ``seed`` (of the sampler; default: this model's), ...
+    :param bf16: run the critics in bfloat16 where they see many actions (fast where the processor has it)
     :param cuda_graphs: on a GPU, unless observations are a ``Dict``: record the kernels of the losses once in each
         ``learn`` and replay them
     :param stats_window_size: as in SB3
@@ -129,6 +130,7 @@ class ContinuousCQL(ConservativeAlgorithm, SAC):
         bc_steps: int = 0,
         clip_rewards: bool = False,
         dataset_kwargs: dict[str, Any] | None = None,
+        bf16: bool = False,
         cuda_graphs: bool = True,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -155,7 +157,7 @@ class ContinuousCQL(ConservativeAlgorithm, SAC):
         self.actor_learning_rate, self.max_grad_norm = actor_learning_rate, max_grad_norm
         self.cql_alpha, self.cql_n_actions, self.target_action_gap = cql_alpha, cql_n_actions, target_action_gap
         self.soft_q_backup, self.max_q_backup, self.calibrated = soft_q_backup, max_q_backup, calibrated
-        self.bc_steps, self.clip_rewards, self.cuda_graphs = bc_steps, clip_rewards, cuda_graphs
+        self.bc_steps, self.clip_rewards, self.bf16, self.cuda_graphs = bc_steps, clip_rewards, bf16, cuda_graphs
         self.dataset_kwargs, self.dataset_info = dict(dataset_kwargs or {}), {}
         super().__init__(
             policy,
@@ -280,7 +282,8 @@ class ContinuousCQL(ConservativeAlgorithm, SAC):
             )
         # values of all actions at the observations in one pass, [C, B, 1 + 3 N]
         candidates = th.cat([batch.actions.unsqueeze(1), 2 * uniform - 1, next_actions[:, 1:], actions], dim=1)
-        q_values = values_of_actions(self.critic, batch.observations, candidates)
+        with th.autocast(self.device.type, th.bfloat16, enabled=self.bf16):
+            q_values = values_of_actions(self.critic, batch.observations, candidates).float()
         n = uniform.shape[1]
         q_data, q_uniform, q_policy = q_values[:, :, 0], q_values[:, :, 1 : 1 + n], q_values[:, :, 1 + n :]
         # squared TD error of each critic, [C, B]

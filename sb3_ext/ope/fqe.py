@@ -255,7 +255,7 @@ class FQE(OfflineAlgorithm):
         self._update_learning_rate(self.policy.optimizer)
         for _ in range(gradient_steps):
             output = self.compute_loss(self._sample(batch_size))
-            loss = minimise(self.policy, output, None, self.max_grad_norm, self._n_updates)
+            loss = minimise(self.policy.optimizer, output, None, self.max_grad_norm, self._n_updates)
             self._n_updates += 1
             if self._n_updates % self.target_update_interval == 0:
                 polyak_update(self.policy.critic.parameters(), self.policy.critic_target.parameters(), self.tau)

@@ -29,7 +29,9 @@ D3RLPY = Path(__file__).parent / "d3rlpy_cql.npz"
 
 @pytest.fixture(scope="module")
 def pendulum() -> minari.MinariDataset:
-    return record(None, gym.make("Pendulum-v1", max_episode_steps=50), "pendulum/random-v0", n_steps=200)
+    return record(
+        None, gym.make("Pendulum-v1", max_episode_steps=50), "continuous/pendulum-v0", n_steps=200, overwrite=True
+    )
 
 
 def small(dataset: Any, **kwargs: Any) -> ContinuousCQL:
@@ -498,6 +500,19 @@ def test_the_environment_of_transformed_data(pendulum: minari.MinariDataset) -> 
     actions = [model.predict(env.observation_space.sample(), deterministic=False)[0] for _ in range(40)]
     assert np.abs(actions).max() > 1
     assert all(env.action_space.contains(a[0] if a.ndim > 1 else a) for a in actions)
+
+
+def test_bfloat16_rounds_the_critics_only(pendulum: minari.MinariDataset) -> None:
+    model = small(pendulum)
+    batch, state = model.replay_buffer.sample(16), model._noise.get_state()  # type: ignore[union-attr]
+    exact = model.compute_loss(batch)
+    model.bf16 = True
+    model._noise.set_state(state)
+    rounded = model.compute_loss(batch)
+    assert rounded.loss.dtype == th.float32
+    assert not th.equal(rounded.loss, exact.loss)
+    th.testing.assert_close(rounded.loss, exact.loss, rtol=0.05, atol=0.5)
+    model.learn(3)
 
 
 # ---------------------------------------------------------------------- bad input

@@ -110,10 +110,12 @@ def loop_threads(model: Any) -> Iterator[None]:
 
     The decision depends on the machine and the model only, never on time, so that seeded runs stay bit-identical.
 
-    :param model: an algorithm with its ``batch_size``, or a policy by itself, which acts on few rows
+    :param model: an algorithm with its ``batch_size``, and ``actions_per_state`` if its critics see several; or a
+        policy by itself, which acts on few rows
     """
     before = th.get_num_threads()
-    policy, rows = getattr(model, "policy", model), getattr(model, "batch_size", 1)
+    policy = getattr(model, "policy", model)
+    rows = getattr(model, "batch_size", 1) * getattr(model, "actions_per_state", 1)
     decided = _in_loop.get() or before == 1 or threads_are_chosen()
     single = not decided and model.device.type == "cpu" and multiply_adds(policy, rows) <= SMALL
     token = _in_loop.set(True)

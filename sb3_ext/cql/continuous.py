@@ -187,6 +187,11 @@ class ContinuousCQL(ConservativeAlgorithm, SAC):
             self._attach(dataset)
             self._setup_model()
 
+    @property
+    def actions_per_state(self) -> int:
+        """Actions that the critics see of each state in a gradient step."""
+        return 1 + 3 * self.cql_n_actions
+
     def _check_actions(self, space: spaces.Space[Any], name: str) -> None:
         super()._check_actions(space, name)
         assert isinstance(space, spaces.Box)

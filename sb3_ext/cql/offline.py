@@ -65,7 +65,13 @@ class MissingDataset(ReplayBuffer):
 class OfflineProgressBar(ProgressBarCallback):
     """SB3's progress bar, with the losses and values of the last log line in front of it."""
 
-    _LABELS: ClassVar = {"td_loss": "td", "conservative_gap": "gap", "q_data": "Q data", "q_best": "Q best"}
+    _LABELS: ClassVar = {
+        "td_loss": "td",
+        "conservative_gap": "gap",
+        "q_data": "Q data",
+        "q_best": "Q best",
+        "q_policy": "Q policy",
+    }
 
     def _on_step(self) -> bool:
         values: dict[str, float] = self.model._last_means  # type: ignore[attr-defined]

@@ -235,7 +235,15 @@ def verify_dataset(
         if tally.states:
             agreement = neighbours_agree(*map(np.concatenate, zip(*tally.states, strict=True)))
             facts["neighbours_agree"] = agreement
-    outlook = judge(np.array(tally.returns), sum(tally.lengths), shares, agreement, tally.rewarded, not errors)
+    outlook = judge(
+        np.array(tally.returns),
+        sum(tally.lengths),
+        shares,
+        agreement,
+        tally.rewarded,
+        not errors,
+        continuous=isinstance(source.action_space, spaces.Box),
+    )
     return DatasetReport(source.name, errors, _warn(source, tally), facts, outlook)
 
 
@@ -302,35 +310,40 @@ def judge(
     agreement: float | None,
     rewarded: bool,
     valid: bool,
+    continuous: bool = False,
 ) -> Outlook:
     """
     Say what CQL can be expected to do, and why.
 
-    The shares are those of the actions, ``[n_actions]``, None if actions are continuous; ``agreement`` is that of
-    :func:`neighbours_agree`; ``valid`` is whether the dataset can be loaded.
+    The shares are those of the actions, ``[n_actions]``, None if they are not ``Discrete``; ``agreement`` is that of
+    :func:`neighbours_agree`; ``valid`` is whether the dataset can be loaded; ``continuous`` is whether actions are a
+    ``Box``.
     """
     hindrances = {
         "the errors above must be mended first": not valid,
-        "actions are not Discrete, which CQL needs; BC and GAIL learn from others": shares is None,
+        "actions are neither Discrete nor Box, which CQL needs; BC learns from others": shares is None
+        and not continuous,
         "every reward is 0: there is nothing to tell good from bad; behaviour cloning needs none": not rewarded,
         "only one action was ever tried": shares is not None and np.count_nonzero(shares) < 2,
     }
-    if shares is None or any(hindrances.values()):
+    if any(hindrances.values()):
         reasons = [(False, text) for text, is_so in hindrances.items() if is_so]
         return Outlook("impossible", "CQL cannot learn from this dataset", reasons)
-    room, coverage, rarest = room_above(returns), action_coverage(shares), int(shares.argmin())
+    room = room_above(returns)
     one_policy = agreement is not None and agreement >= ONE_POLICY
-    covered = (
-        f"action coverage {coverage:.2f} (1 is uniform), commonest action {int(shares.argmax())} in {shares.max():.1%} "
-        f"and rarest {rarest} in {shares[rarest]:.1%} of the steps; where it worked, coverage was 0.62 or more, and "
-        "the rarest action had 6.7 % or more"
-    )
     above = f"the best fifth of the episodes is {room:.0%} above the mean; where it worked, 23 % or more"
     reasons = [
         (steps >= FEWEST_STEPS, f"{steps:,} steps; the smallest dataset that sufficed had {FEWEST_STEPS:,}"),
-        (coverage >= LEAST_COVERAGE and bool(shares[rarest] >= RAREST_ACTION), covered),
         (room >= LEAST_ROOM, above),
     ]
+    if shares is not None:
+        coverage, rarest = action_coverage(shares), int(shares.argmin())
+        covered = (
+            f"action coverage {coverage:.2f} (1 is uniform), commonest action {int(shares.argmax())} in "
+            f"{shares.max():.1%} and rarest {rarest} in {shares[rarest]:.1%} of the steps; where it worked, coverage "
+            "was 0.62 or more, and the rarest action had 6.7 % or more"
+        )
+        reasons.insert(1, (coverage >= LEAST_COVERAGE and bool(shares[rarest] >= RAREST_ACTION), covered))
     if agreement is not None:
         agreeing = (
             f"{agreement:.0%} of the states have the action of their most similar one in another episode; greedy "

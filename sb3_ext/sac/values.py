@@ -15,7 +15,7 @@ _NEGLIGIBLE = 2.0**-23
 _WORTHWHILE = 0.8
 """Share of the rows from which on it is not worth copying them."""
 _FUSED = hasattr(th.ops.mkldnn, "_linear_pointwise")
-"""oneDNN multiplies large matrices a fifth faster than MKL does on many processors; PyTorch has no public name for it."""
+"""oneDNN multiplies large matrices faster than MKL does on many processors; PyTorch has no public name for it."""
 
 
 def values_of_actions(critic: ContinuousCritic, observations: Any, actions: th.Tensor) -> th.Tensor:

@@ -163,13 +163,20 @@ def test_spaces_that_do_not_fit(space: spaces.Space[Any], message: str, make_dat
     assert report.outlook is None
 
 
-def test_continuous_actions_are_valid_but_not_for_cql(make_dataset: MakeDataset) -> None:
-    actions = np.zeros((5, 1), np.float32)
-    report = verify_dataset(make_dataset([episode(actions=actions)], VECTOR, spaces.Box(-1, 1, (1,), np.float32)))
-    assert report.ok
-    assert report.outlook is not None
-    assert report.outlook.verdict == "impossible"
-    assert "not Discrete" in report.outlook.reasons[0][1]
+def test_the_outlook_of_other_actions(make_dataset: MakeDataset) -> None:
+    """Continuous actions have no shares; what is neither they nor Discrete is not for CQL."""
+    found = {}
+    for space in (spaces.Box(-1, 1, (1,), np.float32), spaces.MultiBinary(2)):
+        actions = np.zeros((5, *space.shape), space.dtype)
+        report = verify_dataset(make_dataset([episode(actions=actions)], VECTOR, space))
+        assert report.ok
+        assert report.outlook is not None
+        found[type(space)] = report.outlook
+    box, binary = found[spaces.Box], found[spaces.MultiBinary]
+    assert box.verdict == "doubtful"
+    assert [text.split()[0] for _, text in box.reasons] == ["5", "the"]
+    assert binary.verdict == "impossible"
+    assert "neither Discrete nor Box" in binary.reasons[0][1]
 
 
 # ------------------------------------------------------------------ the outlook
@@ -189,7 +196,7 @@ def outlook(**changes: Any) -> str:
 
 def test_the_verdict() -> None:
     steady = np.full(5, 7.0)
-    assert outlook() == outlook(agreement=None) == "expected"
+    assert outlook() == outlook(agreement=None) == outlook(shares=None, agreement=None, continuous=True) == "expected"
     assert outlook(returns=steady, agreement=0.95) == "cloning"
     for change in (
         {"steps": 10_000},

@@ -24,7 +24,7 @@ def values_of_actions(critic: ContinuousCritic, observations: Any, actions: th.T
 
     Features are extracted, and multiplied by the first layer's weights, once for each observation. On a CPU the
     gradient of a network of ReLUs leaves out actions whose gradients are together less than what float32 rounds off:
-    a softmax over values gives most actions none.
+    a softmax over values gives most actions none. With autocast, layers between the first and the last round.
 
     :param critic: SB3's critics, C of them
     :param observations: ``[B, ...]``, or a dictionary of those
@@ -42,13 +42,23 @@ def values_of_actions(critic: ContinuousCritic, observations: Any, actions: th.T
             parameters = [p for layer in linears for p in (layer.weight, layer.bias)]
             values.append(_ReluValues.apply(features, actions, *parameters))
             continue
-        first, *rest = layers
-        assert isinstance(first, nn.Linear)
+        values.append(_by_layers(layers, features, actions))
+    return th.stack(values)
+
+
+def _by_layers(layers: list[nn.Module], features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    """One network, layer by layer. Autocast is for those in the middle: observations and values keep their digits."""
+    first, *inner = layers[:-1] or layers
+    assert isinstance(first, nn.Linear)
+    with th.autocast(actions.device.type, enabled=False):
         size = features.shape[1]
         hidden = F.linear(features, first.weight[:, :size], first.bias).unsqueeze(1)
         hidden = hidden + F.linear(actions, first.weight[:, size:])
-        values.append(nn.Sequential(*rest)(hidden).squeeze(2))
-    return th.stack(values)
+    if len(layers) > 1:
+        hidden = nn.Sequential(*inner)(hidden)
+        with th.autocast(actions.device.type, enabled=False):
+            hidden = layers[-1](hidden.to(first.weight.dtype))
+    return hidden.squeeze(2)
 
 
 def _linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None, relu: bool) -> th.Tensor:

@@ -503,7 +503,7 @@ def test_the_environment_of_transformed_data(pendulum: minari.MinariDataset) -> 
 
 
 def test_bfloat16_rounds_the_critics_only(pendulum: minari.MinariDataset) -> None:
-    model = small(pendulum)
+    model = small(pendulum, policy_kwargs={"net_arch": [16, 16]})
     batch, state = model.replay_buffer.sample(16), model._noise.get_state()  # type: ignore[union-attr]
     exact = model.compute_loss(batch)
     model.bf16 = True

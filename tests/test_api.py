@@ -68,6 +68,7 @@ def test_py_typed_is_shipped() -> None:
 
 EXAMPLES = [
     ("cql.py", []),
+    ("continuous_cql.py", ["--steps", "40"]),
     ("efficientzero.py", ["--steps", "60"]),
     ("gail.py", []),
     ("prioritized_dqn.py", []),

@@ -43,7 +43,10 @@ def own_view(buffer: ReplayBuffer) -> OfflineReplayBuffer:
         )
     if isinstance(buffer, PrioritizedOfflineReplayBuffer):
         raise ValueError("Off-policy evaluation draws uniformly: leave 'prioritized' out of load_minari().")
-    return copy.copy(buffer)
+    view = copy.copy(buffer)
+    view.scale_actions = False  # as the environment gets them
+    view.keep_returns_to_go(False)
+    return view
 
 
 def check_spaces(model: BaseAlgorithm, buffer: ReplayBuffer) -> None:

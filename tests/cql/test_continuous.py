@@ -15,7 +15,7 @@ from gymnasium.envs.classic_control import PendulumEnv
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ext import BC, CQL, ContinuousCQL, load_minari, make_eval_env, record
+from sb3_ext import BC, CQL, FQE, ContinuousCQL, OfflineEvalCallback, load_minari, make_eval_env, record
 from sb3_ext.cql import continuous
 from sb3_ext.cql.mixed import OnlineReplayBuffer
 from sb3_ext.replay.batch import OfflineSamples
@@ -513,6 +513,25 @@ def test_bfloat16_rounds_the_critics_only(pendulum: minari.MinariDataset) -> Non
     assert not th.equal(rounded.loss, exact.loss)
     th.testing.assert_close(rounded.loss, exact.loss, rtol=0.05, atol=0.5)
     model.learn(3)
+
+
+def test_is_judged_by_episodes_that_it_scales_for_itself(pendulum: minari.MinariDataset) -> None:
+    """Held-out episodes may be the very buffer that the model learns from."""
+    data = load_minari(pendulum)
+    model = small(data, learning_rate=1e-2)
+    found = []
+    for held_out in (data, pendulum):
+        callback = OfflineEvalCallback(held_out, verbose=0, eval_freq=5, fqe_steps=3)
+        model.learn(5, callback=callback, reset_num_timesteps=False)
+        found.append(callback.evaluate())
+    assert set(found[0]) == {"td_error", "initial_value", "soft_opc", "action_mse", "fqe"}
+    again = OfflineEvalCallback(data, verbose=0)
+    again.init_callback(model)
+    for name, value in again.evaluate().items():
+        assert value == pytest.approx(found[1][name], rel=1e-4)
+    estimator = FQE("MlpPolicy", data, model, device="cpu", seed=0).learn(5)
+    assert np.isfinite(estimator.initial_value().mean)
+    assert data.sample(64).actions.abs().max() <= 1, "the model's buffer is as it was"
 
 
 # ---------------------------------------------------------------------- bad input

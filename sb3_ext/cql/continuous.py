@@ -288,7 +288,7 @@ class ContinuousCQL(ConservativeAlgorithm, SAC):
         # values of all actions at the observations in one pass, [C, B, 1 + 3 N]
         candidates = th.cat([batch.actions.unsqueeze(1), 2 * uniform - 1, next_actions[:, 1:], actions], dim=1)
         with th.autocast(self.device.type, th.bfloat16, enabled=self.bf16):
-            q_values = values_of_actions(self.critic, batch.observations, candidates).float()
+            q_values = values_of_actions(self.critic, batch.observations, candidates)
         n = uniform.shape[1]
         q_data, q_uniform, q_policy = q_values[:, :, 0], q_values[:, :, 1 : 1 + n], q_values[:, :, 1 + n :]
         # squared TD error of each critic, [C, B]

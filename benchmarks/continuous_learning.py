@@ -58,8 +58,10 @@ TASKS: dict[str, dict[str, Any]] = {
         "dataset": "pointmaze/umaze/noisy-waypoints-v0",
         "policy": "MultiInputPolicy",
         "success": True,
-        "steps": 20_000,
-        "eval_every": 4_000,
+        "reward_scale": 20.0,  # at most 1 otherwise, which the conservative term outweighs
+        "cql": {**CQL_SETTINGS, "tau": 0.01, "cql_alpha": 1.0},
+        "steps": 10_000,
+        "eval_every": 2_500,
         "eval_episodes": 50,
     },
 }
@@ -99,8 +101,8 @@ def without_last(observations: Any) -> Any:
     return observations[:-1]
 
 
-def export(dataset_id: str, path: Path) -> None:
-    """Write the dataset as d3rlpy takes it, one row for each step, with actions in [-1, 1]."""
+def export(dataset_id: str, scale: float, path: Path) -> None:
+    """Write the dataset as d3rlpy takes it, one row for each step, with actions in [-1, 1] and scaled rewards."""
     dataset = minari.load_dataset(dataset_id)
     episodes = list(dataset.iterate_episodes())
     space = dataset.action_space
@@ -109,7 +111,7 @@ def export(dataset_id: str, path: Path) -> None:
         path,
         observations=np.concatenate([flat(without_last(e.observations)) for e in episodes]),
         actions=2 * (actions - space.low) / (space.high - space.low) - 1,
-        rewards=np.concatenate([e.rewards for e in episodes]),
+        rewards=scale * np.concatenate([e.rewards for e in episodes]),
         terminated=np.concatenate([e.terminations for e in episodes]),
         truncated=np.concatenate([e.truncations for e in episodes]),
     )
@@ -126,7 +128,7 @@ def learn_peer(settings: dict[str, Any], seed: int, state: Path, env: VecEnv) ->
     """Train d3rlpy's in its own process, and play its policies here."""
     curve, data = read_curve(state), state / "data.npz"
     if not data.exists():
-        export(settings["dataset"], data)
+        export(settings["dataset"], settings.get("reward_scale", 1.0), data)
     start = curve[-1]["step"] if curve else 0
     steps = [start, *range(start + settings["eval_every"], settings["steps"] + 1, settings["eval_every"])]
     command = blocks.peer_command("d3rlpy", script="d3rlpy_continuous.py")
@@ -158,6 +160,7 @@ def learn_ours(algo: str, settings: dict[str, Any], seed: int, state: Path, env:
     kind = BC if algo == "bc" else ContinuousCQL
     curve, online = read_curve(state), settings["online"] if algo in ONLINE else None
     total = online["offline_steps"] if online else settings["steps"]
+    transforms = [f"reward_scale:{settings['reward_scale']:g}"] if "reward_scale" in settings else []
     if (state / "model.zip").exists():
         model = kind.load(state / "model", device="cpu")
         model.set_dataset(settings["dataset"])
@@ -165,6 +168,7 @@ def learn_ours(algo: str, settings: dict[str, Any], seed: int, state: Path, env:
         chosen = dict(settings["bc" if algo == "bc" else "cql"])
         if algo == "calql-online":
             chosen["calibrated"] = True
+        chosen["dataset_kwargs"] = {"transforms": transforms}
         nets = {"net_arch": settings["net_arch"]}
         model = kind(settings["policy"], settings["dataset"], seed=seed, device="cpu", policy_kwargs=nets, **chosen)
     success = settings.get("success", False)
@@ -179,7 +183,7 @@ def learn_ours(algo: str, settings: dict[str, Any], seed: int, state: Path, env:
     folder, facts["online_curve"] = state / "online", []
     folder.mkdir(exist_ok=True)
     callback = Curve(env, online["eval_every"], online["eval_episodes"], folder, facts["online_curve"], success)
-    playground = make_eval_env(settings["dataset"], n_envs=1, seed=seed)
+    playground = make_eval_env(settings["dataset"], n_envs=1, seed=seed, transforms=transforms)
     model.learn_online(online["steps"], playground, callback=callback, offline_fraction=0.5)
     return facts
 

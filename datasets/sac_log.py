@@ -2,7 +2,7 @@
 Episodes of a SAC while it learns, from its first step to its last: a log of mixed quality, with continuous actions.
 
     uv run --all-extras datasets/sac_log.py                        # pendulum/medium-replay-v0, minutes
-    uv run --all-extras datasets/sac_log.py --env Hopper-v5        # mujoco/hopper/medium-replay-v0, an hour or more
+    uv run --all-extras datasets/sac_log.py --env Hopper-v5        # mujoco/hopper/medium-replay-v0, half an hour
     uv run --all-extras datasets/sac_log.py --env HalfCheetah-v5   # mujoco/halfcheetah/medium-replay-v0, likewise
 
 A SAC that plays badly at the end learns on for half as many steps. Ctrl-C, or SIGTERM, ends the log where it is, and

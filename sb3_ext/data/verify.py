@@ -354,6 +354,7 @@ def judge(
         summary = "one policy's steady play: behaviour cloning (--algo bc) is simpler and as good"
         return Outlook("cloning", summary, reasons)
     if all(good for good, _ in reasons):
-        summary = "better than the data's mean; try --algo bc, too: on logs of learning agents it came within 5 %"
+        cloning = "; try --algo bc, too: on logs of learning agents it came within 5 %" if shares is not None else ""
+        summary = f"better than the data's mean{cloning}"
         return Outlook("expected", summary, reasons)
     return Outlook("doubtful", "unlike the data on which CQL was measured here, see -", reasons)

@@ -63,7 +63,7 @@ SEARCH: dict[str, Any] = {
     "gradient_steps": 1, "value_coef": 0.5, "search_value": "improved",
 }  # fmt: skip
 QUANTILES: dict[str, Any] = {**TINY, "n_quantiles": 5}
-SOFT: dict[str, Any] = {**VALUES, "target_update_interval": 1, "policy_kwargs": TINY}
+SOFT: dict[str, Any] = {**VALUES, "target_update_interval": 1, "policy_kwargs": dict(TINY)}  # SB3 writes into it
 
 
 @dataclass(frozen=True)

@@ -424,7 +424,7 @@ def log_keys(case: Case) -> None:
     else:
         kinds = {"DQN": sb3.DQN, "QRDQN": sb3_contrib.QRDQN, "GAIL": sb3.PPO, "SAC": sb3.SAC}
         kind: Any = kinds.get(case.cls.__name__, sb3.DQN)
-        settings: dict[str, Any] = {"policy_kwargs": QUANTILES if kind is sb3_contrib.QRDQN else TINY}
+        settings: dict[str, Any] = {"policy_kwargs": dict(QUANTILES if kind is sb3_contrib.QRDQN else TINY)}
         settings |= {"n_steps": 16, "batch_size": 16} if kind is sb3.PPO else {"learning_starts": 20}
         env = make_vec_env(case.algorithm.env_id if kind is sb3.SAC else "CartPole-v1", 1, seed=0)
         theirs = set(logged(kind("MlpPolicy", env, device="cpu", **settings), 120))

@@ -24,11 +24,12 @@ from sb3_ext.ope.opinions import undisturbed
 from sb3_ext.replay.dataset import OfflineReplayBuffer
 from sb3_ext.saving import save_whole
 
-BEST_BY = ("initial_value", "log_likelihood")
+BEST_BY = ("fqe", "soft_opc", "log_likelihood")
 """
-The default ``criterion``: the first of these that the model has.
+The default ``criterion``: the first of these that is computed.
 
-Chosen by the rank correlation with true returns, see docs/offline_evaluation.md; models without values have the second.
+In the order of their rank correlation with true returns, see docs/offline_evaluation.md. Models without values have the
+last.
 """
 FILE = "offline_evaluations.npz"
 

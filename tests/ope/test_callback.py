@@ -203,6 +203,7 @@ def test_every_number_is_logged(cartpole: minari.MinariDataset, pendulum: minari
     model = CQL("MlpPolicy", train, seed=0, tensorboard_log=None, **QUICK).learn(10, callback=callback)
     names = ["td_error", "initial_value", "soft_opc", "action_match", "fqe"]
     assert callback.names == names
+    assert callback.best_by == "fqe"
     estimator = FQE("MlpPolicy", validation, model, seed=0, device="cpu").learn(2)
     assert callback.evaluations["fqe"] == [pytest.approx(estimator.initial_value().mean)]
     expected = held_out_scores(model, load_episodes(model, validation), names[:-1])
@@ -212,6 +213,7 @@ def test_every_number_is_logged(cartpole: minari.MinariDataset, pendulum: minari
     callback = OfflineEvalCallback(pendulum, eval_freq=10, verbose=0)
     sac.learn(10, callback=callback)
     assert set(callback.evaluations) == {"td_error", "initial_value", "soft_opc", "action_mse"}
+    assert callback.best_by == "soft_opc"
 
 
 def test_stacked_pictures_and_transforms_are_the_models(breakout: minari.MinariDataset) -> None:

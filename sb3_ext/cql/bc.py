@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import NatureCNN
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ext.arguments import check_least
 from sb3_ext.cql.defaults import BC_DEFAULTS, chosen
@@ -173,18 +173,6 @@ class BC(OfflineAlgorithm):
             loss = minimise(self.policy.optimizer, output, None, self.max_grad_norm, self._n_updates)
             self._n_updates += 1
             self._train_metrics.add({"loss": loss, **output.metrics})
-
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int | None = 1000,
-        tb_log_name: str = "BC",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        """See :meth:`OfflineAlgorithm.learn`."""
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def learn_online(self, *args: Any, **kwargs: Any) -> Self:
         """

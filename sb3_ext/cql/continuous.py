@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -12,7 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.distributions import TanhBijector
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.sac.policies import SACPolicy
 
@@ -367,18 +367,6 @@ class ContinuousCQL(ConservativeAlgorithm, SAC):
         loss = -multiplier * self.cql_alpha * (gap - (self.target_action_gap or 0.0))
         self._minimise(self.cql_multiplier_optimizer, LossOutput(loss, gap, {}))
         return multiplier.detach().reshape(())
-
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int | None = 1000,
-        tb_log_name: str = "ContinuousCQL",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        """See :meth:`OfflineAlgorithm.learn`."""
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def save(self, path: FileLike, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """See :meth:`OfflineAlgorithm.save`."""

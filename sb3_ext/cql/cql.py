@@ -250,7 +250,7 @@ class CQL(ConservativeAlgorithm, sb3_contrib.QRDQN):
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int | None = 1000,
-        tb_log_name: str = "CQL",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> Self:

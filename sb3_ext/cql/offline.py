@@ -301,7 +301,7 @@ class OfflineAlgorithm(BaseAlgorithm):
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int | None = 1000,
-        tb_log_name: str = "offline",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> Self:
@@ -311,7 +311,7 @@ class OfflineAlgorithm(BaseAlgorithm):
         :param total_timesteps: gradient steps
         :param callback: SB3 callbacks, called once per gradient step
         :param log_interval: gradient steps between log lines; None for none
-        :param tb_log_name: name of the run for TensorBoard
+        :param tb_log_name: name of the run for TensorBoard; default: the algorithm's
         :param reset_num_timesteps: False continues counting, after ``load`` for instance
         :param progress_bar: show progress with the losses and values of the last log line
         :return: self
@@ -323,7 +323,7 @@ class OfflineAlgorithm(BaseAlgorithm):
         self.replay_buffer, self._online = self._dataset, False
         begin_statistics_of(self._vec_normalize_env, self.replay_buffer)
         total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
         )
         callback.on_training_start(locals(), globals())
         self._log_dataset()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, NoReturn, Self
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 import torch as th
@@ -12,7 +12,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import polyak_update
 
 from sb3_ext.arguments import check_least, check_share
@@ -261,19 +261,8 @@ class FQE(OfflineAlgorithm):
                 polyak_update(self.policy.critic.parameters(), self.policy.critic_target.parameters(), self.tau)
             self._train_metrics.add({"loss": loss, **output.metrics})
 
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int | None = 1000,
-        tb_log_name: str = "FQE",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        """See :meth:`OfflineAlgorithm.learn`; log lines have the estimate so far, ``train/initial_value``."""
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-
     def _judge(self, means: dict[str, float]) -> None:
+        """Log lines have the estimate so far."""
         self.logger.record("train/initial_value", self.initial_value().mean)
 
     def initial_value(self) -> ValueEstimate:

@@ -61,6 +61,14 @@ class ConservativeAlgorithm(OfflineAlgorithm, OffPolicy):
         if isinstance(self._dataset, OfflineReplayBuffer):
             self._dataset.keep_returns_to_go(self.calibrated)
 
+    def _forget_graphs(self) -> None:
+        """Graph the losses again when they are next computed."""
+        raise NotImplementedError
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget_graphs()  # they have the coefficients of then
+        return super()._setup_learn(*args, **kwargs)
+
     def _inputs(self, batch: Any) -> list[th.Tensor]:
         """The tensors of a batch that the loss needs; :meth:`_named` undoes it."""
         return [getattr(batch, name) for name in self._input_names]

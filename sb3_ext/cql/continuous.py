@@ -222,10 +222,6 @@ class ContinuousCQL(ConservativeAlgorithm, SAC):
         self._graphed_actor = GraphedLoss(self.actor, self._policy_loss)
         self._graphed_clone = GraphedLoss(self.actor, self._clone_loss)
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
-        self._forget_graphs()  # they have the coefficients of then
-        return super()._setup_learn(*args, **kwargs)
-
     def _update_learning_rate(self, optimizers: Any) -> None:
         super()._update_learning_rate([self.critic.optimizer, self.cql_multiplier_optimizer])
         rate = self.actor_lr_schedule(self._current_progress_remaining)

@@ -186,10 +186,6 @@ class CQL(ConservativeAlgorithm, sb3_contrib.QRDQN):
     def _forget_graphs(self) -> None:
         self._graphed_loss = GraphedLoss(self.quantile_net, lambda *x: self._loss(self._named(*x)))
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
-        self._forget_graphs()  # they have the coefficients of then
-        return super()._setup_learn(*args, **kwargs)
-
     def _forward(self, net: Any, observations: th.Tensor) -> th.Tensor:
         with th.autocast(self.device.type, th.bfloat16, enabled=self.bf16):
             quantiles: th.Tensor = net(observations)

@@ -14,6 +14,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.nn import functional as F
 
+from sb3_ext.replay.batch import scaled
+
 
 def _bounds(space: spaces.Box, like: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     low, high = (th.as_tensor(bound.reshape(-1), device=like.device) for bound in (space.low, space.high))
@@ -35,8 +37,8 @@ def action_vectors(space: spaces.Space[Any], actions: th.Tensor) -> th.Tensor:
     actions = actions.flatten(1).float()
     if not isinstance(space, spaces.Box) or not space.is_bounded():
         return actions
-    low, high = _bounds(space, actions)
-    return 2 * (actions - low) / (high - low) - 1
+    found: th.Tensor = scaled(actions, *_bounds(space, actions))
+    return found
 
 
 def on_device(observations: Any, device: th.device) -> Any:

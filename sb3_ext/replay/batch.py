@@ -101,12 +101,9 @@ def unscaled(actions: Any, low: Any, high: Any) -> Any:
     return low + 0.5 * (actions + 1) * (high - low)
 
 
-def scaled(actions: NDArray[Any], low: NDArray[Any], high: NDArray[Any]) -> NDArray[np.float32]:
+def scaled(actions: Any, low: Any, high: Any) -> Any:
     """Undo :func:`unscaled`; actions between -1 and 1 stay what they are, bit for bit."""
-    if (low == -1).all() and (high == 1).all():
-        return actions
-    found: NDArray[np.float32] = (2 * (actions - low) / (high - low) - 1).astype(np.float32)
-    return found
+    return actions if (low == -1).all() and (high == 1).all() else 2 * (actions - low) / (high - low) - 1
 
 
 def fields_of(records: Any, dtype: np.dtype[Any]) -> dict[str, Any]:

@@ -226,7 +226,7 @@ class OfflineReplayBuffer(ClippedRewards, ReplayHooks):
         actions = self.actions[rows].astype(self._action_dtype)
         if self.scale_actions:
             assert isinstance(self.action_space, spaces.Box)
-            actions = scaled(actions, self.action_space.low, self.action_space.high)
+            actions = scaled(actions, self.action_space.low, self.action_space.high).astype(self._action_dtype)
         return actions.reshape(len(rows), -1)
 
     def _to_go(self, indices: NDArray[np.int64], env: VecNormalize | None) -> th.Tensor | None:

@@ -79,11 +79,9 @@ def train(settings: TrainSettings, words: list[str]) -> None:
     """Train an agent."""
     algo = load_algo(settings.algo)
     _check_flags(settings, algo)
-    # what is wrong is said before a dataset is downloaded, unless it decides what is wrong
-    with one_line_errors():
-        algo = for_actions(
-            algo, find_task(settings, algo, download=algo.name in BY_ACTIONS and not settings.dry_run).actions
-        )
+    if algo.name in BY_ACTIONS:  # the dataset decides which settings there are
+        with one_line_errors():
+            algo = for_actions(algo, find_task(settings, algo, download=not settings.dry_run).actions)
     overrides = parse_overrides(algo, settings.hyperparams)
     file, entries = read_entries(algo, settings.conf_file)
     if algo.offline and (settings.transforms or settings.build_env):
